@@ -1,0 +1,81 @@
+"""`manage.py demo`: what the library is worth on this machine, with every answer checked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from django.core.management import call_command
+from django.core.management.base import BaseCommand, CommandError, CommandParser
+from nyc.databases import KINDS
+
+from flights import measure, report
+from flights.models import Flight
+
+
+class Command(BaseCommand):
+    """Load if need be, measure, compare the answers, and tell."""
+
+    help = "Measure the library against Django's own ways on 336,776 flights."
+
+    def add_arguments(self, parser: CommandParser) -> None:
+        """What to run on, and how much."""
+        parser.add_argument(
+            "--database",
+            choices=KINDS,
+            help="an SQLite file (default), or an embedded PostgreSQL; not with DATABASE_URL",
+        )
+        parser.add_argument("--data", type=Path, metavar="PATH", help="as of `manage.py load`")
+        parser.add_argument("--processes", type=int, default=measure.cores(), help="default: the cores here")
+        parser.add_argument("--rounds", type=int, default=5, help="of the dashboard (default 5)")
+        parser.add_argument("--rows", type=int, help="walk and work on the first so many flights")
+
+    def handle(
+        self,
+        *,
+        data: Path | None,
+        processes: int,
+        rounds: int,
+        rows: int | None,
+        **options: Any,
+    ) -> None:
+        """Run the three trials; an answer that differs is an error."""
+        for name, number in (("processes", processes), ("rounds", rounds), ("rows", rows)):
+            if number is not None and number < 1:
+                raise CommandError(f"--{name} must be 1 or more.")
+        load = report.load_of_machine()
+        call_command("migrate", verbosity=0, interactive=False)
+        call_command("load", data=data, stdout=self.stdout, stderr=self.stderr)
+        last = last_key(rows)
+
+        self.stdout.write(f"Dashboard, {rounds} rounds ...")
+        dashboard = measure.dashboard(rounds)
+        self.stdout.write("Walks, each in a fresh process ...")
+        walks = measure.walks(last)
+        self.stdout.write("Work on every flight, in a loop and on all cores ...\n\n")
+        work = measure.work(last, processes)
+
+        trials = (dashboard, walks, work)
+        self.stdout.write(f"{report.table(trials)}\n\n")
+        self.stdout.write(
+            "Ratios are against the first way of each task. The dashboard's times are medians of "
+            f"{rounds} alternating\nrounds; walks and work ran once, and the time of the work "
+            "includes starting the worker processes.\n\n"
+        )
+        self.stdout.write("Where the library lost:\n")
+        for sentence in report.losses(*trials, load):
+            self.stdout.write(f"- {sentence}")
+        self.stdout.write(f"\n{report.environment(load)}")
+        self.stdout.write(f"Rows:     {Flight.objects.count():,} flights\n\n")
+        differences = [found for trial in trials for found in trial.differences]
+        if differences:
+            raise CommandError("Answers differ:\n" + "\n".join(differences))
+        self.stdout.write(self.style.SUCCESS("All answers are equal."))
+
+
+def last_key(rows: int | None) -> int:
+    """The key of the last flight to be walked over: of the first `rows`, or of all."""
+    keys = Flight.objects.order_by("pk").values_list("pk", flat=True)
+    if rows is not None and rows < keys.count():
+        return int(keys[rows - 1])
+    return int(keys.reverse()[0])

@@ -1,0 +1,309 @@
+"""A worker's connections: opened, checked, counted against a budget, given back.
+
+A worker thread borrows its connections for one task and gives them back after it, so that they outlive the thread's
+turn but not their welcome: an idle one is closed after :data:`IDLE_SECONDS`, one older than ``CONN_MAX_AGE`` is not
+lent again, and under Django's test runner every one is closed before the task's outcome is known (a test database with
+an open connection cannot be dropped). The callers' own connections are theirs and never touched.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+import threading
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from time import monotonic
+from typing import Any
+
+from django.db import connections
+from django.db.backends.base.base import BaseDatabaseWrapper
+
+from parallel_orm.forks import gate
+from parallel_orm.options import from_settings
+from parallel_orm.session import NOTHING, Session
+from parallel_orm.watch import watch_of
+
+#: Seconds after which an idle connection is closed. Long enough for the next page of the same visitor, short enough
+#: that a quiet site holds none. ``CONN_MAX_AGE`` bounds the age of a connection that is kept busy.
+IDLE_SECONDS = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Idle:
+    """A connection that waits for its next task."""
+
+    wrapper: BaseDatabaseWrapper
+    #: The settings that it was opened with: a test run changes them in place.
+    settings: dict[str, Any]
+    since: float
+    #: Session variables that it has known, and cannot forget.
+    variables: frozenset[str] = frozenset()
+
+
+class Lender:
+    """Lends the connections that this library opens in this process, to one thread at a time."""
+
+    def __init__(self) -> None:
+        # Guards the lists below and nothing slow: connections are opened and closed outside of it.
+        self._lock = threading.Lock()
+        self._idle: dict[str, list[Idle]] = defaultdict(list)
+        self._budgets: dict[str, tuple[int, threading.BoundedSemaphore]] = {}
+        self._sweeper: threading.Timer | None = None
+        self._pid = os.getpid()
+        self._keepsakes: list[object] = []
+        #: Of each thread: whether the connection that it has was open before.
+        self._lent = threading.local()
+        #: How many of each alias are lent now.
+        self._out: Counter[str] = Counter()
+
+    @contextmanager
+    def lent(self, alias: str, session: Session = NOTHING, *, reading: bool = False) -> Iterator[BaseDatabaseWrapper]:
+        """Within: ``connections[alias]`` of this thread is one of ours, counted, open or opened at first use.
+
+        It has the session of the caller, for the length of this. Waits while the budget of the alias is used up. What
+        the thread opened beside it (a router, a prefetch over another alias) is given back too.
+
+        :raises SessionNotRestored: the session cannot be had on it.
+        """
+        budget = self._budget(alias)
+        # A thread that has a place already waits for no other: it could wait for itself.
+        if budget is not None and not budget.acquire(blocking=not self._depth()):
+            budget = None
+        try:
+            with gate.held() if reading else nullcontext():  # nobody sees that who forks
+                self._lent.depth = self._depth() + 1
+                own = take_out()
+                wrapper = self._take(alias, session.lasting)
+                connections[alias] = wrapper
+                try:
+                    if session.ends_with_transaction and wrapper.connection is not None and not wrapper.is_usable():
+                        close_quietly(wrapper)
+                    self._lent.reused = wrapper.connection is not None and not session.ends_with_transaction
+                    with session.restored(wrapper, reading=reading):
+                        watch_of(wrapper).given = session
+                        yield wrapper
+                finally:
+                    watch_of(wrapper).given = NOTHING
+                    if not reading and session.values:
+                        discard(wrapper)
+                    with self._lock:
+                        self._out[alias] -= 1
+                    for other in take_out():
+                        self._put(other, session.lasting if other is wrapper else frozenset())
+                    for other in own:
+                        connections[other.alias] = other
+        finally:
+            self._lent.depth -= 1
+            if budget is not None:
+                budget.release()
+
+    def _depth(self) -> int:
+        """How many connections this thread has been lent, one within the other."""
+        depth: int = getattr(self._lent, "depth", 0)
+        return depth
+
+    def is_used_up(self, alias: str) -> bool:
+        """Tell whether whoever asks for one now would have to wait."""
+        number = from_settings().connections_of(alias)
+        return 0 < number <= self._out[alias]
+
+    def renew(self, alias: str) -> bool:
+        """Close the lent connection if it was idle before and has died since; tell whether it was so."""
+        wrapper = connections[alias]
+        if not self._lent.reused or wrapper.connection is None or wrapper.is_usable():
+            return False
+        close_quietly(wrapper)
+        self._lent.reused = False
+        return True
+
+    def close_idle(self, if_: Callable[[Idle], bool] = lambda idle: True) -> None:
+        """Close the idle connections of which this is so; by default all."""
+        closing: list[Idle] = []
+        with gate.held():
+            with self._lock:
+                for alias, waiting in self._idle.items():
+                    closing += [idle for idle in waiting if if_(idle)]
+                    self._idle[alias] = [idle for idle in waiting if idle not in closing]
+            for idle in closing:
+                close_quietly(idle.wrapper)
+
+    def forget(self) -> None:
+        """In a forked child: leave the parent's connections alone, closing none, and begin anew.
+
+        They are kept from the collector too, whose closing of one would end the parent's session with the server.
+        """
+        keepsakes = [*self._keepsakes, self._idle]
+        self.__init__()  # type: ignore[misc]
+        self._keepsakes = keepsakes
+
+    def disinherit(self) -> None:
+        """In a worker process: let go of what a fork brought along, so that no connection crosses."""
+        self._keepsakes += take_out()
+
+    def _budget(self, alias: str) -> threading.BoundedSemaphore | None:
+        number = from_settings().connections_of(alias)
+        if not number:
+            return None  # reads then run inline and do not come here; maps go on
+        with self._lock:
+            known, budget = self._budgets.get(alias, (0, None))
+            if known != number or budget is None:
+                budget = threading.BoundedSemaphore(number)
+                self._budgets[alias] = (number, budget)
+            return budget
+
+    def _take(self, alias: str, variables: frozenset[str]) -> BaseDatabaseWrapper:
+        """Return an idle connection that knows no other session variables than these, or one that is to be opened."""
+        while True:
+            with self._lock:
+                waiting = self._idle[alias]
+                # The last used first, so that the others come to rest.
+                idle = next((each for each in reversed(waiting) if each.variables <= variables), None)
+                number = from_settings().connections_of(alias) or 0
+                full = idle is None and waiting and self._out[alias] + len(waiting) >= number
+                found = waiting[0] if full else idle
+                if found is not None:
+                    waiting.remove(found)
+                if not full:
+                    self._out[alias] += 1
+            if full and found is not None:  # make room for one
+                close_quietly(found.wrapper)
+                continue
+            if found is None:
+                # Closed by whichever thread finds it idle for too long.
+                wrapper = connections.create_connection(alias)
+                wrapper.inc_thread_sharing()
+                return wrapper
+            wrapper = found.wrapper
+            wrapper.health_check_done = False  # type: ignore[attr-defined]
+            if wrapper.settings_dict.get("CONN_MAX_AGE") != 0:
+                wrapper.close_if_unusable_or_obsolete()
+            if wrapper.connection is not None and found.settings == _fixed(connections.settings[alias]):
+                return wrapper
+            wrapper.close()
+            with self._lock:
+                self._out[alias] -= 1
+
+    def _put(self, wrapper: BaseDatabaseWrapper, variables: frozenset[str]) -> None:
+        reusable = (
+            wrapper.connection is not None
+            and not wrapper.in_atomic_block
+            and not wrapper.needs_rollback
+            and wrapper.get_autocommit()
+            and not wrapper.settings_dict["OPTIONS"].get("pool")  # whose own pool keeps it, for all
+            and not under_test()
+        )
+        watch = watch_of(wrapper)
+        if wrapper.errors_occurred or watch.spoiled or watch.begun:
+            discard(wrapper)
+            return
+        if not reusable:
+            close_quietly(wrapper)
+            return
+        wrapper.execute_wrappers.clear()
+        wrapper.queries_log.clear()
+        wrapper.run_on_commit.clear()
+        watch_of(wrapper).log = None
+        if not wrapper.allow_thread_sharing:
+            wrapper.inc_thread_sharing()
+        with self._lock:
+            idle = Idle(wrapper, _fixed(wrapper.settings_dict), monotonic(), variables)
+            self._idle[wrapper.alias].append(idle)
+            self._sweep_later()
+
+    def _sweep(self) -> None:
+        """Close what has been idle for long enough, in the sweeper's thread, and come back while anything is left."""
+        oldest = monotonic() - IDLE_SECONDS
+        self.close_idle(lambda idle: idle.since <= oldest)
+        with self._lock:
+            self._sweeper = None
+            if any(self._idle.values()):
+                self._sweep_later()
+
+    def _sweep_later(self) -> None:
+        """Have a sweeper come by. With the lock held."""
+        if self._sweeper is None:
+            sweeper = threading.Timer(IDLE_SECONDS, self._sweep)
+            sweeper.daemon = True
+            sweeper.name = "parallel_orm-sweeper"
+            with suppress(RuntimeError):  # no new threads while the interpreter ends, which closes them too
+                sweeper.start()
+                self._sweeper = sweeper
+
+
+def _fixed(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return what a connection was opened with; without what a backend notes there for itself (a tenant's schema)."""
+    return {name: value for name, value in settings.items() if name != "SCHEMA"}
+
+
+def interrupt(wrapper: BaseDatabaseWrapper) -> None:
+    """Have the server give up what this connection is executing; from another thread than its own.
+
+    A driver's way to do so where it has one, ``KILL QUERY`` on a connection of its own on MySQL and MariaDB. The
+    connection is not used again: a late cancellation would hit the next query.
+    """
+    connection: Any = wrapper.connection
+    if connection is None:
+        return
+    wrapper.errors_occurred = True  # so that it is closed when it is given back
+    if wrapper.vendor == "mysql":
+        killer = connections.create_connection(wrapper.alias)
+        killer.inc_thread_sharing()
+        try:
+            with killer.cursor() as cursor:
+                cursor.execute(f"KILL QUERY {watch_of(wrapper).thread_id}")
+        finally:
+            killer.close()
+    elif wrapper.vendor == "sqlite":
+        connection.interrupt()
+    elif hasattr(connection, "cancel_safe"):
+        connection.cancel_safe()
+    elif hasattr(connection, "cancel"):
+        connection.cancel()
+
+
+def take_out() -> list[BaseDatabaseWrapper]:
+    """Take this thread's connections out of Django's hands, as they are, and return them."""
+    wrappers = list(connections.all(initialized_only=True))
+    for wrapper in wrappers:
+        del connections[wrapper.alias]
+    return wrappers
+
+
+def close_quietly(wrapper: BaseDatabaseWrapper) -> None:
+    """Close a connection that may be in a broken transaction, where ``close()`` alone would only mark it."""
+    wrapper.in_atomic_block = False
+    wrapper.savepoint_ids = []
+    wrapper.needs_rollback = False
+    wrapper.close()
+
+
+def discard(wrapper: BaseDatabaseWrapper) -> None:
+    """Close a connection whose session nobody is to find; in Django's pool neither, which takes no closed one back."""
+    if wrapper.connection is not None and wrapper.settings_dict["OPTIONS"].get("pool"):
+        with suppress(Exception):
+            wrapper.connection.close()
+    close_quietly(wrapper)
+
+
+def rest(everything: bool) -> None:
+    """Close, in a worker process at the end of a call, what Django would close at the end of a request; or everything.
+
+    What is kept by ``CONN_MAX_AGE`` is closed when it has been idle for :data:`IDLE_SECONDS`.
+    """
+    lender.close_idle(if_=lambda idle: everything or idle.settings.get("CONN_MAX_AGE") == 0)
+
+
+def under_test() -> bool:
+    """Tell whether Django's test environment is set up, whose databases will be dropped."""
+    utils = sys.modules.get("django.test.utils")
+    return utils is not None and hasattr(utils._TestState, "saved_data")
+
+
+lender = Lender()
+atexit.register(lender.close_idle)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lender.forget)

@@ -1,0 +1,48 @@
+"""Ways to cut, pure: keys in, chunks out. Nothing here knows a database.
+
+Costs and balance of each way were measured for the design; ``docs/explanation/planning.md`` tells when which is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from parallel_orm.chunks import Chunk
+
+Key = tuple[Any, ...]
+
+
+def whole(alias: str) -> Iterator[Chunk]:
+    """Cut nothing: one chunk that is the queryset."""
+    yield Chunk(index=0, alias=alias)
+
+
+def by_jumps(alias: str, last: Key, size: int, jump: Callable[[Key | None, int], Key | None]) -> Iterator[Chunk]:
+    """Cut lazily into half-open intervals of about ``size`` rows, up to the key ``last``, frozen when planned.
+
+    ``jump(after, size)`` returns the key of the row ``size`` rows behind the key ``after``, or None where fewer are
+    left. The first interval is open below, so rows that come in ahead of the first key are not lost; nothing behind
+    ``last`` is ever asked for, so a consumer that inserts rows cannot make this endless. Equal keys never part: an
+    interval ends on a key and the next one begins behind it.
+    """
+    after: Key | None = None
+    index = 0
+    while (until := jump(after, size)) is not None and until != last:
+        yield Chunk(index=index, alias=alias, after=after, until=until)
+        after, index = until, index + 1
+    yield Chunk(index=index, alias=alias, after=after, until=last)
+
+
+def by_pages(alias: str, last: Key, size: int) -> Iterator[Chunk]:
+    """Cut nothing ahead: one interval with a limit of ``size`` rows, which hands back its rest after each page.
+
+    A page needs no look-up of its own for its bounds: the key of its last row is where the rest begins.
+    """
+    yield Chunk(index=0, alias=alias, until=last, limit=size)
+
+
+def by_keys(alias: str, keys: Sequence[Any], size: int) -> Iterator[Chunk]:
+    """Cut a list of primary keys into runs of ``size``, in the order of the list."""
+    for index, start in enumerate(range(0, len(keys), size)):
+        yield Chunk(index=index, alias=alias, keys=tuple(keys[start : start + size]))

@@ -1,0 +1,31 @@
+"""What becomes of the outcomes: one value, one list, a stream. The first error ends it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from parallel_orm.dispatch import Window
+from parallel_orm.outcomes import Outcome
+
+
+def listed(outcomes: Iterable[Outcome], window: Window, *, ordered: bool) -> list[Any]:
+    """Join the lists of all chunks into one: in the order of the chunks, or as they came in."""
+    values: dict[int, list[Any]] = {}
+    for outcome in outcomes:
+        values[outcome.chunk.index] = outcome.result()
+        window.release()  # the whole list is the caller's to keep, so nothing waits for an earlier chunk
+    joined: list[Any] = []
+    for index in sorted(values) if ordered else list(values):
+        joined += values.pop(index)
+    return joined
+
+
+def streamed(outcomes: Iterable[Outcome], window: Window) -> Iterator[Any]:
+    """Yield the rows of one chunk after the other, as the chunks come in."""
+    for outcome in outcomes:
+        rows = outcome.result()
+        del outcome
+        yield from rows
+        del rows  # before the next ones are made
+        window.release()

@@ -1,0 +1,318 @@
+"""Says no early, and says what to do instead; or says why the work stays on the caller's own connection."""
+
+from __future__ import annotations
+
+import re
+import sqlite3
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from django.core.exceptions import EmptyResultSet
+from django.db import connections
+from django.db.backends.base.base import BaseDatabaseWrapper
+from django.db.models import Aggregate, Model, Prefetch, QuerySet
+from django.db.models.expressions import Col, RawSQL
+from django.db.models.query import FlatValuesListIterable, NamedValuesListIterable, ValuesIterable, ValuesListIterable
+from django.db.models.sql import Query, RawQuery
+from django.db.models.sql.constants import INNER
+from django.utils.connection import ConnectionDoesNotExist
+
+from parallel_orm import errors
+from parallel_orm.keyset import parts
+from parallel_orm.options import from_settings
+from parallel_orm.session import NOTHING, Session
+from parallel_orm.statements import only_reads
+from parallel_orm.task import in_worker
+from parallel_orm.watch import watch_of
+
+Rows = QuerySet[Any, Any]
+
+#: Why work ran in the caller's own thread, on its connection. ``Pending.reason`` is one of these words.
+REASONS = {
+    "stolen": "no worker had begun when the result was needed, so whoever needed it ran the query",
+    "transaction": "the caller is in a transaction, of which another connection would not see all",
+    "session": "the session of the caller's connection was changed by SQL in a way that no other can be given",
+    "writes": "the SQL is not known to do nothing but read, or it belongs to the connection that it runs on",
+    "empty": "the queryset is empty by itself, so that no query is needed",
+    "evaluated": "the queryset had its rows already, so that they answered",
+    "testcase": "the caller is in a TestCase, whose transaction another connection would not see",
+    "memory": "the database is SQLite in memory, which has no other connections",
+    "thread": "the caller's connection belongs to another thread, so that Django refuses its queries in this one",
+    "wrapper": "the caller's connection has execute_wrappers, which another connection has not",
+    "select_for_update": "the rows are to be locked, and a lock belongs to the connection that takes it",
+    "shutdown": "the interpreter is ending and starts no more threads",
+    "nested": "the caller is itself run by a worker",
+    "budget": "settings.PARALLEL_ORM['CONNECTIONS'] allows no connections for this database",
+}
+
+
+def connection_for(alias: str) -> BaseDatabaseWrapper:
+    """Return the caller's connection, or refuse an alias that there is not."""
+    try:
+        return connections[alias]
+    except ConnectionDoesNotExist:
+        raise errors.unknown_alias(alias, list(connections.settings)) from None
+
+
+def where_to_read(alias: str, queryset: Rows | None = None) -> tuple[str | None, Session]:
+    """Return why a read must run on the caller's connection, as a word of :data:`REASONS`, or None; and else what
+    another connection must be given to answer as this one would.
+    """
+    connection: Any = connection_for(alias)
+    if not connection.allow_thread_sharing and connection._thread_ident != threading.get_ident():
+        return "thread", NOTHING
+    if is_testcase(connection):
+        return "testcase", NOTHING
+    if is_in_memory(connection):
+        return "memory", NOTHING
+    query = getattr(queryset, "query", None)
+    if _locks(queryset):
+        return "select_for_update", NOTHING
+    if isinstance(query, RawQuery) and not only_reads(query.sql):
+        return "writes", NOTHING
+    if connection.execute_wrappers:
+        return "wrapper", NOTHING
+    if from_settings().connections_of(alias) == 0:
+        return "budget", NOTHING
+    if any(getattr(block, "_from_testcase", False) for block in connection.atomic_blocks):
+        return "transaction", NOTHING
+    session = watch_of(connection).elsewhere()
+    return (session, NOTHING) if isinstance(session, str) else (None, session)
+
+
+def _locks(queryset: Any) -> bool:
+    """Tell whether rows are locked: those of the queryset, of a subquery, or of what is prefetched."""
+    lookups = getattr(queryset, "_prefetch_related_lookups", ())
+    return _query_locks(getattr(queryset, "query", None)) or any(
+        lookup.queryset is not None and _locks(lookup.queryset) for lookup in lookups if isinstance(lookup, Prefetch)
+    )
+
+
+def _query_locks(query: Any) -> bool:
+    if not isinstance(query, Query):
+        return False
+    if query.select_for_update or any(_query_locks(each) for each in query.combined_queries):
+        return True
+    return any(
+        part is not query and _query_locks(part)
+        for expression in (query.where, *query.annotations.values())
+        for part in parts(expression)
+    )
+
+
+def is_testcase(connection: BaseDatabaseWrapper) -> bool:
+    """Tell whether the caller is in the blocks of Django's TestCase, and in no other."""
+    blocks = connection.atomic_blocks
+    return connection.in_atomic_block and all(getattr(block, "_from_testcase", False) for block in blocks)
+
+
+def is_in_memory(connection: BaseDatabaseWrapper) -> bool:
+    return connection.vendor == "sqlite" and bool(connection.is_in_memory_db())  # type: ignore[attr-defined]
+
+
+def where_to_map(verb: str, queryset: Rows) -> tuple[str | None, Session]:
+    """Return why a map must run in this process, or None, and what the workers' connections must be given; refuse where
+    even inline it would not be as it would be outside.
+
+    In a transaction that has not written, on READ COMMITTED, another connection sees what this one sees; where the
+    database can tell so (PostgreSQL), the map goes on.
+    """
+    alias = queryset.db
+    connection = connection_for(alias)
+    if is_in_memory(connection):
+        return "memory", NOTHING
+    if any(getattr(block, "_from_testcase", False) for block in connection.atomic_blocks):
+        return "testcase", NOTHING  # in a transaction of its own within it too: what fixtures wrote is nowhere else
+    if in_worker():
+        return "nested", NOTHING
+    session = watch_of(connection).elsewhere()
+    if session == "session":
+        raise errors.refused_in_session(verb, alias)
+    if isinstance(session, str):
+        why = "that has written" if connection.vendor == "postgresql" else "(whether it has written cannot be told)"
+        raise errors.refused_in_transaction(verb, alias, why)
+    if session.snapshot is not None:
+        raise errors.refused_in_transaction(verb, alias, "of isolation level REPEATABLE READ")
+    return None, session
+
+
+def refuse_locks(verb: str, queryset: Rows) -> None:
+    if queryset.query.select_for_update:
+        raise errors.unsupported(
+            verb,
+            queryset.model._meta.label,
+            "select_for_update() locks rows for the caller's transaction, and its workers are in none",
+            "Drop select_for_update(), or loop over chunked_iterator() within atomic().",
+        )
+
+
+#: What is wrong with a window function, and the way out.
+WINDOW = (
+    "a window function sees the whole set, and a chunk is only a part of it",
+    "Loop over iterator(), or compute the window in a subquery.",
+)
+
+
+def refuse_uncuttable(verb: str, queryset: Rows) -> None:
+    """Refuse a queryset whose rows cannot be told apart by primary key, with the way out."""
+    query = queryset.query
+    problem = _why_uncuttable(queryset.model, query, queryset)
+    if problem is not None:
+        raise errors.unsupported(verb, queryset.model._meta.label, *problem)
+
+
+def _why_uncuttable(model: type[Model], query: Query, queryset: Rows) -> tuple[str, str] | None:
+    if query.combinator:
+        return (
+            f"its rows are those of a {query.combinator}, and belong to no one table",
+            "Give the querysets one by one, or filter with Q objects and | instead.",
+        )
+    if query.distinct_fields:
+        return (
+            "distinct(*fields) keeps one row of several, which one depends on all",
+            "Select the primary keys first and filter by them: Model.objects.filter(pk__in=queryset.values('pk')).",
+        )
+    if any(annotation.contains_over_clause for annotation in query.annotations.values()):
+        return WINDOW
+    if isinstance(query.group_by, tuple) and not any(_is_primary_key(query, column) for column in query.group_by):
+        return (
+            "its rows are groups, which a chunk would cut in two",
+            "Loop over iterator(), or group by the primary key.",
+        )
+    meta = model._meta
+    names = {"pk", meta.pk.name, meta.pk.attname}
+    if taken := names.intersection([*query.annotations, *query.extra]):
+        return (
+            f"{min(taken)!r} is not its primary key there, but something computed",
+            "Give it another name.",
+        )
+    joins = joins_of(queryset)
+    if joins.sees_many:
+        return WINDOW
+    if query.distinct and len(meta.pk_fields) > 1:
+        return (
+            "distinct() over a primary key of several columns cannot be ordered by them (a limit of Django)",
+            "Loop over iterator(), or filter by a subquery instead of a join.",
+        )
+    if joins.order_by_many:
+        return (
+            "it is ordered by something that a row has many of, so that rows come several times in its order",
+            "Order by columns of the row itself, or by an aggregate of the many.",
+        )
+    if query.distinct and not selects_primary_key(queryset):
+        return (
+            "distinct() compares rows without their primary key, and equal ones may stand in two chunks",
+            "Select the primary key too, or loop over iterator().",
+        )
+    return None
+
+
+def _is_primary_key(query: Query, column: Any) -> bool:
+    # Of the model's own table: a join may bring the same column of another row.
+    return isinstance(column, Col) and column.alias == query.base_table and bool(column.target.primary_key)
+
+
+def selects_primary_key(queryset: Rows) -> bool:
+    """Tell whether each row brings its primary key: instances always do, dicts and tuples where it was asked for."""
+    values = (ValuesIterable, ValuesListIterable, NamedValuesListIterable, FlatValuesListIterable)
+    if not issubclass(queryset._iterable_class, values):
+        return True
+    fields = fields_of(queryset) or tuple(queryset.query.values_select)
+    names = {"pk", queryset.model._meta.pk.name, queryset.model._meta.pk.attname}
+    return not fields or bool(names.intersection(field for field in fields if isinstance(field, str)))
+
+
+def fields_of(queryset: Rows) -> tuple[Any, ...] | None:
+    """Return what ``values()`` or ``values_list()`` was given; None where rows are instances."""
+    fields: tuple[Any, ...] | None = queryset._fields  # type: ignore[attr-defined]
+    return fields
+
+
+@dataclass(frozen=True, slots=True)
+class Joins:
+    """What the joins of a queryset do to its rows."""
+
+    #: The same row of the model may come several times.
+    repeat_rows: bool
+    #: It is ordered by something of which a row has many, so that it comes once for each.
+    order_by_many: bool
+    #: A window function stands where a chunk would narrow what it sees.
+    sees_many: bool = False
+
+
+def joins_of(queryset: Rows) -> Joins:
+    """Look at the joins of filters, values and order, as the compiler makes them. Makes no query."""
+    query = queryset.query.clone()
+    compiler = query.get_compiler(queryset.db)
+    try:
+        _, order, _ = compiler.pre_sql_setup()
+    except EmptyResultSet:
+        return Joins(repeat_rows=False, order_by_many=False)
+    many: set[str] = set()
+    for alias, join in query.alias_map.items():  # a join comes behind its parent
+        if getattr(join, "join_field", None) is None or not query.alias_refcount.get(alias):
+            continue
+        if join.parent_alias in many or not _finds_one(join):
+            many.add(alias)
+    order_by_many = any(alias in many for resolved, _ in order for alias in _aliases(resolved))
+    collapsed = query.group_by is True or (query.distinct and fields_of(queryset) is None)
+    if collapsed and many:  # what is selected, or grouped for HAVING, tells the appearances of a row apart again
+        apart = [expression for expression, *_ in compiler.select] + [compiler.having]
+        collapsed = not query.extra_select and not any(alias in many for each in apart for alias in _aliases(each))
+    set_returning = any(getattr(each, "set_returning", False) for each in query.annotations.values())
+    repeat_rows = set_returning or bool(query.extra_tables) or bool(many and not collapsed)
+    raw = [part.sql for each in query.annotations.values() for part in parts(each) if isinstance(part, RawSQL)]
+    raw += [sql for sql, _ in query.extra_select.values()]
+    sees_many = any(getattr(resolved, "contains_over_clause", False) for resolved, _ in order) or any(
+        re.search(r"(?i)\bover\s*(\(|\w)", sql) for sql in raw
+    )
+    return Joins(repeat_rows=repeat_rows or order_by_many, order_by_many=order_by_many, sees_many=sees_many)
+
+
+def _finds_one(join: Any) -> bool:
+    """Tell whether a join finds one row at most: by columns that are unique there."""
+    if join.join_fields is None:
+        return False
+    found = {far for _, far in join.join_fields}
+    return any(far.unique for far in found) or all(field in found for field in next(iter(found)).model._meta.pk_fields)
+
+
+def drops_rows(queryset: Rows) -> bool:
+    """Tell whether the order, by its joins, decides which rows there are."""
+    query = queryset.query.clone()
+    plain = query.clone()
+    plain.clear_ordering(force=True)
+    try:
+        query.get_compiler(queryset.db).pre_sql_setup()
+        plain.get_compiler(queryset.db).pre_sql_setup()
+    except EmptyResultSet:
+        return False
+    return _inner_joins(query) != _inner_joins(plain)
+
+
+def _inner_joins(query: Query) -> set[str]:
+    joins = query.alias_map.items()
+    return {alias for alias, join in joins if query.alias_refcount.get(alias) and join.join_type == INNER}
+
+
+def _aliases(expression: Any) -> Iterator[str]:
+    """Yield the tables whose columns an expression has outside of aggregates."""
+    if isinstance(expression, Col):
+        yield expression.alias
+    elif hasattr(expression, "get_external_cols"):  # a Subquery; on Django 6.1 its Query
+        for column in expression.get_external_cols():
+            yield from _aliases(column)
+    elif not isinstance(expression, Aggregate) and hasattr(expression, "get_source_expressions"):
+        for source in expression.get_source_expressions():
+            yield from _aliases(source)
+
+
+def most_keys(connection: BaseDatabaseWrapper) -> int | None:
+    """Return how many keys one query may list, leaving as much for the queryset's own parameters; None: any number."""
+    limit: int | None = connection.features.max_query_params
+    if connection.vendor == "sqlite":  # Django knows the least that any build allows
+        connection.ensure_connection()
+        limit = connection.connection.getlimit(sqlite3.SQLITE_LIMIT_VARIABLE_NUMBER)
+    return None if limit is None else limit // 2

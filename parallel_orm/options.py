@@ -1,0 +1,163 @@
+"""Every knob, in one frozen value: validated once, filled from ``settings.PARALLEL_ORM``."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any, Literal
+
+from django.conf import settings
+from django.core.signals import setting_changed
+
+from parallel_orm import errors
+
+Progress = bool | Callable[[int, int | None], object] | None
+StartMethod = Literal["forkserver", "spawn", "fork"]
+
+_VARIABLE = re.compile(r"[A-Za-z_][\w$]*(\.[A-Za-z_][\w$]*)*")
+
+#: Rows a chunk of a map: some tens of milliseconds of Python, so that every core is busy soon and errors are found
+#: early, and enough that the cost of a chunk (under a millisecond) does not show.
+MAP_CHUNK_SIZE = 1_000
+#: Rows a chunk of a walk, as in ``QuerySet.iterator()``.
+WALK_CHUNK_SIZE = 2_000
+
+
+def available_cores() -> int:
+    """Return how many cores this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS and Windows do not tell
+        return os.cpu_count() or 1
+
+
+def default_start_method() -> StartMethod:
+    return "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """``settings.PARALLEL_ORM``, complete and checked."""
+
+    #: Threads for background reads, in this process.
+    THREADS: int
+    #: Processes for a map that does not say how many.
+    PROCESSES: int
+    #: How worker processes start.
+    START_METHOD: StartMethod
+    #: Connections an alias that the threads of this process may hold at once, beside those of the callers; or one
+    #: number for each alias. 0: reads run inline.
+    CONNECTIONS: int | Mapping[str, int]
+    #: Rows a chunk, for calls that do not say; None: the default of the verb.
+    CHUNK_SIZE: int | None
+    #: Variables of a PostgreSQL session that the caller's queries depend on, beside those that it is seen to set. None:
+    #: whatever runs SQL that cannot be followed keeps its reads on the caller's connection.
+    SESSION_VARIABLES: tuple[str, ...] | None
+
+    def connections_of(self, alias: str) -> int:
+        if isinstance(self.CONNECTIONS, int):
+            return self.CONNECTIONS
+        return self.CONNECTIONS.get(alias, self.THREADS)
+
+
+@cache
+def from_settings() -> Settings:
+    """Read ``settings.PARALLEL_ORM``; raise :class:`~parallel_orm.errors.InvalidOption` naming what is wrong in it."""
+    given: Mapping[str, Any] = getattr(settings, "PARALLEL_ORM", {})
+    if not isinstance(given, Mapping):
+        raise errors.bad_settings(given)
+    threads = _number(given, "THREADS", 8, least=1)
+    values: dict[str, Any] = {
+        "THREADS": threads,
+        "PROCESSES": _number(given, "PROCESSES", available_cores(), least=1),
+        "START_METHOD": given.get("START_METHOD", default_start_method()),
+        "CONNECTIONS": _connections(given, threads),
+        "CHUNK_SIZE": given.get("CHUNK_SIZE"),
+        "SESSION_VARIABLES": _variables(given.get("SESSION_VARIABLES")),
+    }
+    if unknown := sorted(set(given) - set(values)):
+        raise errors.bad_setting(unknown[0], f"is not a setting of this version; there are {', '.join(values)}.")
+    if values["START_METHOD"] not in multiprocessing.get_all_start_methods():
+        methods = ", ".join(multiprocessing.get_all_start_methods())
+        raise errors.bad_setting("START_METHOD", f"is {values['START_METHOD']!r}; this platform has {methods}.")
+    if values["CHUNK_SIZE"] is not None:
+        _number(given, "CHUNK_SIZE", None, least=1)
+    return Settings(**values)
+
+
+def _number(given: Mapping[str, Any], name: str, default: int | None, *, least: int) -> Any:
+    value = given.get(name, default)
+    if not _is_whole(value) or value < least:
+        raise errors.bad_setting(name, f"must be a whole number of at least {least}, not {value!r}.")
+    return value
+
+
+def _connections(given: Mapping[str, Any], threads: int) -> int | Mapping[str, int]:
+    value = given.get("CONNECTIONS", threads)
+    if not isinstance(value, Mapping):
+        return int(_number(given, "CONNECTIONS", threads, least=0))
+    for alias, number in value.items():
+        if alias not in settings.DATABASES:
+            raise errors.bad_setting("CONNECTIONS", f"names {alias!r}, which is not in settings.DATABASES.")
+        if not _is_whole(number) or number < 0:
+            raise errors.bad_setting(
+                "CONNECTIONS", f"has {number!r} for {alias!r}, which is no whole number from 0 up."
+            )
+    return dict(value)
+
+
+def _variables(value: Any) -> tuple[str, ...] | None:
+    if value is None:
+        return None
+    names = [] if isinstance(value, str) else list(value) if isinstance(value, Iterable) else [value]
+    if isinstance(value, str) or not all(isinstance(name, str) and _VARIABLE.fullmatch(name) for name in names):
+        raise errors.bad_setting(
+            "SESSION_VARIABLES", f"must be a list of names such as 'app.tenant' or 'search_path', not {value!r}."
+        )
+    return tuple(name.lower() for name in names)
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _forget(*, setting: str, **_: object) -> None:
+    if setting == "PARALLEL_ORM":
+        from_settings.cache_clear()
+
+
+setting_changed.connect(_forget, dispatch_uid="parallel_orm.options")
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What one call was asked for. None means: the default."""
+
+    chunk_size: int | None = None
+    processes: int | None = None
+    threads: int | None = None
+    ordered: bool = True
+    progress: Progress = None
+
+    def __post_init__(self) -> None:
+        for name in ("chunk_size", "processes", "threads"):
+            value = getattr(self, name)
+            if value is not None and not (_is_whole(value) and value >= 1):
+                raise errors.not_an_integer(name, value)
+        if self.processes is not None and self.threads is not None:
+            raise errors.both_kinds_of_workers()
+        if not (self.progress is None or isinstance(self.progress, bool) or callable(self.progress)):
+            raise errors.bad_progress(self.progress)
+
+    def rows_per_chunk(self, default: int) -> int:
+        return min(self.chunk_size or from_settings().CHUNK_SIZE or default, 2**63 - 1)  # the most a LIMIT can be
+
+    def with_workers(self) -> Options:
+        """Return these options with the number of workers filled in from the settings."""
+        if self.processes is None and self.threads is None:
+            return replace(self, processes=from_settings().PROCESSES)
+        return self

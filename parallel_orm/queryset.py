@@ -1,0 +1,527 @@
+"""ParallelQuerySet: the verbs, each telling the flow in a few lines."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator, KeysView, Mapping, ValuesView
+from contextlib import closing
+from copy import copy
+from inspect import iscoroutinefunction
+from typing import TYPE_CHECKING, Any, Self, TypeVar, TypeVarTuple, cast
+
+from django.db.models import Model, QuerySet, prefetch_related_objects
+from django.db.models.query import RawQuerySet
+from django.db.models.sql import Query, RawQuery
+
+from parallel_orm import errors, gather
+from parallel_orm.background import NOTHING_STARTED, Background, Pending, running, start_read
+from parallel_orm.dispatch import Window, dispatch
+from parallel_orm.executors import inline_workers, workers_for
+from parallel_orm.options import Options, Progress
+from parallel_orm.outcomes import Stopwatch
+from parallel_orm.plan import Plan, plan_map, plan_walk, plan_whole
+from parallel_orm.prefetch import prefetch_side_by_side
+from parallel_orm.progress import listener_for, told
+from parallel_orm.report import Report, Results
+from parallel_orm.task import Apply, Work, fetch
+
+M = TypeVar("M", bound=Model, covariant=True)
+Row = TypeVar("Row", covariant=True)
+Result = TypeVar("Result")
+
+if TYPE_CHECKING:
+    _RawQuerySet = RawQuerySet[Any]
+else:  # generic in the stubs alone
+    _RawQuerySet = RawQuerySet
+
+
+class _ResultCache:
+    """Django's ``_result_cache``, which is what a background fetch fills.
+
+    Reading it where a fetch is pending waits for the fetch, so that every way in which Django looks at a fetched
+    queryset (iteration, ``len``, ``bool``, index, slice, ``count``, ``exists``, ``contains``, pickle, ``repr``, a
+    template) answers from it. Setting it, as ``update()``, ``delete()`` and their like do, drops all that was started.
+    """
+
+    def __get__(self, queryset: Any, owner: type[Any] | None = None) -> Any:
+        if queryset is None:
+            return self
+        state = queryset.__dict__
+        cache = state.get("_result_cache")
+        background = state.get("_background")
+        if cache is None and background is not None and "fetch" in background:
+            pending = background["fetch"]
+            if pending.was_left or state.get("_filling") == threading.get_ident():
+                return None
+            if not queryset._fills_plainly():
+                # It looks whether there are rows, and makes something of them when there were none.
+                state["_filling"] = threading.get_ident()
+                try:
+                    queryset._fetch_all()
+                finally:
+                    state.pop("_filling", None)
+                return state.get("_result_cache")
+            cache = self.take(queryset, pending)
+        return cache
+
+    def take(self, queryset: Any, pending: Pending) -> Any:
+        """Fill the cache with the answer."""
+        cache = pending.result()
+        state = queryset.__dict__
+        state["_prefetch_done"] = True  # first, for another thread that finds the cache
+        state["_result_cache"] = cache
+        return cache
+
+    def __set__(self, queryset: Any, cache: Any) -> None:
+        queryset.__dict__["_result_cache"] = cache
+        queryset.__dict__.pop("_background", None)
+
+    def __delete__(self, queryset: Any) -> None:
+        del queryset.__dict__["_result_cache"]
+        queryset.__dict__.pop("_background", None)
+
+
+# What is done in the background, below whatever a derived class makes of it: its own count() or _fetch_all() is called
+# where the result is used, and once.
+
+
+def fill_cache(rows: Any, clock: Stopwatch) -> tuple[list[Any], int]:
+    """What Django fills the result cache with; where that runs in the background, sibling prefetches side by side."""
+    with clock("database"):
+        found: Any = rows._iterable_class(rows) if isinstance(rows, QuerySet) else rows.iterator()
+        cache = list(found)
+        lookups, read = rows._prefetch_related_lookups, running.get()
+        if lookups and cache and read is not None:
+            prefetch_side_by_side(cache, lookups, read.beside)
+        elif lookups:
+            prefetch_related_objects(cache, *lookups)
+    return cache, len(cache)
+
+
+def count_rows(rows: Any, clock: Stopwatch) -> tuple[int, int]:
+    """How many rows."""
+    with clock("database"):
+        return super(ParallelQuerySet, rows).count(), 0
+
+
+def find_any(rows: Any, clock: Stopwatch) -> tuple[bool, int]:
+    """Whether there is any row."""
+    with clock("database"):
+        return super(ParallelQuerySet, rows).exists(), 0
+
+
+def _as_now(arg: Any) -> Any:
+    """Return an argument that the caller may change before it is looked at, or that can be read but once."""
+    if isinstance(arg, (list, set, dict, bytearray)):
+        return copy(arg)
+    return list(arg) if isinstance(arg, (Iterator, KeysView, ValuesView)) else arg
+
+
+class Call:
+    """What a method of the queryset returns: its own, or that of a derived class."""
+
+    def __init__(self, method: str, *args: Any, **kwargs: Any) -> None:
+        self.method = method
+        self.args = tuple(_as_now(arg) for arg in args)
+        self.kwargs = {name: _as_now(arg) for name, arg in kwargs.items()}
+
+    def __call__(self, rows: Any, clock: Stopwatch) -> tuple[Any, int]:
+        """Call it."""
+        with clock("database"):
+            return getattr(rows, self.method)(*self.args, **self.kwargs), 0
+
+
+#: What each answers too, so that one of those that nobody has begun need not run.
+ANSWERS = {"fetch": ("count", "exists"), "count": ("exists",), "exists": ()}
+
+
+class _Startable:
+    """What a queryset and a raw one have in common: a fetch that can be started."""
+
+    _result_cache = _ResultCache()
+    _background: Background | None = None
+
+    @property
+    def background(self) -> Mapping[str, Pending]:
+        """What was started on this very queryset: a read-only mapping of ``"fetch"``, ``"count"`` and ``"exists"``."""
+        return NOTHING_STARTED if self._background is None else self._background
+
+    def start_fetch(self, *, timeout: float | None = None) -> Self:
+        """Run this queryset's query in the background, prefetches with it, and return this queryset at once.
+
+        Use the queryset afterwards as ever: iterate over it, index it, give it to a template; its ``count()``,
+        ``exists()``, ``bool`` and slices are answered by the fetched rows without another query. The answer is as of
+        this call: a later write of the caller's on this database waits for it. An exception of the query is raised
+        where the result is used, with a note where it was started. ``prefetch_related`` lookups of one level run at
+        the same time. In ``connection.queries`` and the debug toolbar the queries appear when the result is used.
+
+        Starting twice starts once; on an evaluated queryset it does nothing. Where another connection could not give
+        the answer of this one (in a transaction that has written, in a ``TestCase``, on SQLite in memory, with
+        ``select_for_update()``...), the query runs within this call, and ``background["fetch"].reason`` says why.
+        In a coroutine too; await the result by Django's async methods, or ``await queryset.background["fetch"]``.
+
+        What is dropped without having been used is cancelled, and so is what is pending when its request ends; a
+        queryset that is used after that asks anew.
+
+        :param timeout: a deadline in seconds from this call: the query is then cancelled on the server, and its use
+            raises :class:`~parallel_orm.errors.DeadlineExceeded`. Not applied to what runs on the caller's connection.
+        :raises parallel_orm.errors.UnknownAlias: the queryset names a database that there is not.
+        :raises parallel_orm.errors.InvalidOption: the timeout is no number above 0.
+        """
+        return self._start("fetch", fill_cache, timeout)
+
+    def _fills_plainly(self) -> bool:
+        """Tell whether no derived class does more, when the rows come, than to fetch them."""
+        return True
+
+    def _start(self, verb: str, work: Work, timeout: float | None, *answered_by: str) -> Self:
+        started = self._started()
+        if self.__dict__["_result_cache"] is None and not any(name in started for name in (verb, *answered_by)):
+            if self._background is None:
+                self._background = Background()
+            with self._background.holding(ANSWERS[verb]) as leader:
+                leader.append(self._pending(verb, work, timeout))
+            self._background.add(verb, leader[0])
+        return self
+
+    def _pending(self, verb: str, work: Work, timeout: float | None = None) -> Pending:
+        queryset = cast("QuerySet[Any, Any]", self)
+        query: Any = self.query  # type: ignore[attr-defined]
+        if isinstance(query, RawQuery):
+            query.params = _as_now(query.params)
+        stay = "empty" if isinstance(query, Query) and query.is_empty() else None
+        return start_read(verb, plan_whole(queryset), work, timeout, stay)
+
+    def _started(self) -> Mapping[str, Pending]:
+        """What was started and answers: not where rows are there already, nor what a request left behind."""
+        background = self._background
+        if background is None or self.__dict__["_result_cache"] is not None:
+            return NOTHING_STARTED
+        for verb in [verb for verb, pending in background.items() if pending.was_left]:
+            background.forget(verb, background[verb])
+        return background
+
+
+class ParallelQuerySet(_Startable, QuerySet[M, Row]):
+    """A queryset that can also be read in the background, walked in chunks, and mapped on all cores.
+
+    Without one of its own verbs it is Django's queryset, with the same results by the same queries.
+    """
+
+    def start_count(self, *, timeout: float | None = None) -> Self:
+        """Start ``SELECT COUNT(*)`` in the background and return this queryset at once; then use ``count()`` as ever.
+
+        ``exists()`` is answered by it too. All else is as with :meth:`start_fetch`, which would answer it as well: a
+        queryset whose fetch was started starts no count.
+        """
+        return self._start("count", count_rows, timeout, "fetch")
+
+    def start_exists(self, *, timeout: float | None = None) -> Self:
+        """Start the query of ``exists()`` in the background and return this queryset at once.
+
+        All else is as with :meth:`start_fetch`; a queryset whose fetch or count was started starts nothing more.
+        """
+        return self._start("exists", find_any, timeout, "count", "fetch")
+
+    def start_get(self, *args: Any, **kwargs: Any) -> Pending:
+        """Start ``get(*args, **kwargs)`` in the background; its :class:`Pending` has the row, or raises what it raises.
+
+        One query, as of this call. Where it runs, what it waits for and what waits for it are as with
+        :meth:`start_fetch`. Of an evaluated queryset too, as Django asks then; only an ordered one has its first row.
+        """
+        return self._start_call("get", Call("get", *args, **kwargs))
+
+    def start_first(self, *, timeout: float | None = None) -> Pending:
+        """Start ``first()`` in the background; all else is as with :meth:`start_get`. ``timeout`` is a deadline."""
+        return self._start_call("first", Call("first"), timeout)
+
+    def start_last(self, *, timeout: float | None = None) -> Pending:
+        """Start ``last()`` in the background; all else is as with :meth:`start_get`. ``timeout`` is a deadline."""
+        return self._start_call("last", Call("last"), timeout)
+
+    def start_aggregate(self, *args: Any, **kwargs: Any) -> Pending:
+        """Start ``aggregate(*args, **kwargs)`` in the background; all else is as with :meth:`start_get`."""
+        return self._start_call("aggregate", Call("aggregate", *args, **kwargs))
+
+    def start_in_bulk(self, id_list: Any = None, *, field_name: str = "pk") -> Pending:
+        """Start ``in_bulk()`` in the background; all else is as with :meth:`start_get`."""
+        return self._start_call("in_bulk", Call("in_bulk", id_list, field_name=field_name))
+
+    def _start_call(self, verb: str, work: Call, timeout: float | None = None) -> Pending:
+        # Of a queryset that has its rows Django answers first() by these, where they have an order; all else it asks.
+        if self.__dict__["_result_cache"] is None or verb != "first" or not self._rows_have_the_first():
+            return self._pending(verb, work, timeout)
+        rows = self
+
+        def look(_: Any, clock: Stopwatch) -> tuple[Any, int]:
+            return work(rows, clock)
+
+        return start_read(verb, plan_whole(self), look, timeout, "evaluated")
+
+    def count(self) -> int:
+        """As Django's; answered without a query by a count or a fetch that was started."""
+        started = self._started()
+        return int(started["count"].result()) if "count" in started else super().count()
+
+    def exists(self) -> bool:
+        """As Django's; answered without a query by anything that was started."""
+        started = self._started()
+        if "exists" in started:
+            return bool(started["exists"].result())
+        if "count" in started and "fetch" not in started:
+            return bool(started["count"].result())
+        return super().exists()
+
+    def _fills_plainly(self) -> bool:
+        return type(self)._fetch_all is ParallelQuerySet._fetch_all
+
+    def _fetch_all(self) -> None:
+        started = self._started()
+        if "fetch" in started and self.__dict__["_result_cache"] is None:
+            _Startable._result_cache.take(self, started["fetch"])
+        super()._fetch_all()
+
+    # Django's async methods, which it runs one after the other in one thread: side by side in ours.
+
+    def __aiter__(self) -> AsyncIterator[Row]:
+        """As Django's; the query runs in the background."""
+        if not self._is_plain("_fetch_all", "__iter__"):
+            return super().__aiter__()
+
+        async def rows() -> AsyncIterator[Row]:
+            if self.__dict__["_result_cache"] is None:
+                await self._filled()
+            for row in self:
+                yield row
+
+        return rows()
+
+    async def _filled(self) -> None:
+        """Fill the cache; as with Django's, nothing else is left of it."""
+        was_started = "fetch" in self._started()
+        background: Any = self.start_fetch().background
+        pending = background["fetch"]
+        try:
+            await pending
+            self._result_cache  # noqa: B018 - takes the answer
+        finally:
+            if not was_started:
+                background.forget("fetch", pending)
+
+    async def acount(self) -> int:
+        """As Django's; runs beside what else the event loop is waiting for."""
+        started = self._started()
+        if not self._is_plain("count") or self.__dict__["_result_cache"] is not None:
+            return await super().acount()
+        if "count" in started:
+            return int(await started["count"])
+        if "fetch" in started:
+            return len(await started["fetch"])
+        return int(await self._pending("count", count_rows))
+
+    async def aexists(self) -> bool:
+        """As Django's; runs beside what else the event loop is waiting for."""
+        started = self._started()
+        if not self._is_plain("exists") or self.__dict__["_result_cache"] is not None:
+            return await super().aexists()
+        for verb in ("exists", "fetch", "count"):
+            if verb in started:
+                return bool(await started[verb])
+        return bool(await self._pending("exists", find_any))
+
+    async def aget(self, *args: Any, **kwargs: Any) -> Row:
+        """As Django's; runs beside what else the event loop is waiting for."""
+        if not self._is_plain("get"):
+            return await super().aget(*args, **kwargs)
+        return cast("Row", await self.start_get(*args, **kwargs))
+
+    async def afirst(self) -> Row | None:
+        """As Django's; runs beside what else the event loop is waiting for."""
+        if not self._is_plain("first"):
+            return await super().afirst()
+        if "fetch" in self._started() and self._rows_have_the_first():
+            await self._filled()
+        return cast("Row | None", await self.start_first())
+
+    async def alast(self) -> Row | None:
+        """As Django's; runs beside what else the event loop is waiting for."""
+        if not self._is_plain("last"):
+            return await super().alast()
+        return cast("Row | None", await self.start_last())
+
+    async def aaggregate(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As Django's; runs beside what else the event loop is waiting for."""
+        if not self._is_plain("aggregate"):
+            return await super().aaggregate(*args, **kwargs)
+        return cast("dict[str, Any]", await self.start_aggregate(*args, **kwargs))
+
+    async def ain_bulk(self, id_list: Any = None, *, field_name: str = "pk") -> Any:
+        """As Django's; runs beside what else the event loop is waiting for."""
+        if not self._is_plain("in_bulk"):
+            return await super().ain_bulk(id_list, field_name=field_name)
+        return await self.start_in_bulk(id_list, field_name=field_name)
+
+    def _is_plain(self, *methods: str) -> bool:
+        """Tell whether no derived class made something of its own of these; that may do more than read."""
+        ours = (QuerySet, ParallelQuerySet)
+        return all(any(getattr(type(self), name) is getattr(each, name) for each in ours) for name in methods)
+
+    def _rows_have_the_first(self) -> bool:
+        """Tell whether Django, once there are rows, takes first() from these; get() and last() always ask."""
+        return self._is_plain("first") and bool(self.ordered)
+
+    def raw(self, *args: Any, **kwargs: Any) -> ParallelRawQuerySet:
+        """As Django's ``raw()``; what it returns can ``start_fetch()``, and refuses the other verbs."""
+        return ParallelRawQuerySet.of(super().raw(*args, **kwargs))
+
+    def chunked_iterator(self, chunk_size: int | None = None) -> Iterator[Row]:
+        """Walk the rows of ``list(self)``, in its order, in memory for two chunks, however many there are.
+
+        Reads chunk by chunk on the caller's connection, in its transaction if it is in one, each chunk by a query of
+        its own that starts where the last one ended: no server-side cursor, no ``OFFSET``. So it works in autocommit,
+        behind a pooler in transaction mode, and on databases whose driver would load the whole result.
+        ``select_related``, ``prefetch_related`` (a set of prefetches a chunk), ``only``, ``annotate``, ``values`` and
+        ``values_list`` are as in the queryset. A slice lists its primary keys first, by Django's ``iterator()``.
+
+        Without an order the rows come by primary key. Otherwise in the queryset's own order, ties broken by primary
+        key, if that order is of columns. It does not fill the queryset's cache, and does not use it.
+
+        While others write: a row that is there throughout, its ordering columns unchanged, comes exactly once. Rows
+        that are added or deleted meanwhile may come or not; none that is added behind the last row of the beginning
+        comes. A row whose ordering columns are changed meanwhile may come twice or not at all.
+
+        :param chunk_size: rows a chunk, 2,000 by default. A chunk may be larger where a join repeats rows.
+        :returns: an iterator; nothing is asked before its first ``next()``, then one query for the last key and one
+            for each chunk (two where rows do not bring their key, or the order is not the primary key's).
+        :raises parallel_orm.errors.UnsupportedQuerySet: the queryset cannot be walked truthfully: a union, grouped
+            rows, ``distinct(*fields)``, windows, an order by an expression or at random.
+        :raises parallel_orm.errors.InvalidOption: ``chunk_size`` is no whole number of at least 1.
+        """
+        plan = plan_walk(self, Options(chunk_size=chunk_size))
+        window = Window(1)
+        workers = inline_workers(plan.job(fetch))
+        return gather.streamed(dispatch(plan.chunks(), workers.send, window), window)
+
+    def parallel_map(
+        self,
+        fn: Callable[[Row], Result],
+        processes: int | None = None,
+        *,
+        threads: int | None = None,
+        chunk_size: int | None = None,
+        ordered: bool = True,
+        progress: Progress = None,
+    ) -> Results[Result]:
+        """Call ``fn`` with every row, on all cores, and return the results.
+
+        Chunks of keys go to worker processes, which read their rows themselves, on connections of their own; rows do
+        not travel. The processes are reused by the next call and end when they have been idle for half a minute.
+
+        ``fn`` may be any callable: module functions travel by name, lambdas, closures and whatever ``__main__`` defines
+        by value, with what they close over. It is called once for each row, rows of one chunk one after the other.
+
+        Within a ``TestCase``, on SQLite in memory, and in a function that a worker runs, everything happens in this
+        process (``report.reason`` says so), and what would have travelled is packed and opened all the same. In a
+        transaction that has not written, on PostgreSQL with READ COMMITTED, the map goes on as outside of one.
+
+        :param processes: how many at once; the setting ``PROCESSES``, else as many as there are cores.
+        :param threads: instead of processes, so many threads of this one, for functions that wait more than compute. No
+            more of them work at once than the setting ``CONNECTIONS`` allows.
+        :param chunk_size: rows a chunk, 1,000 by default. Smaller ones spread skewed work, larger ones cost less.
+        :param ordered: True: the results of ``[fn(row) for row in self]``, in that order. False: as chunks come in.
+        :param progress: True for a bar with rate and time left (the ``progress`` extra), or a callable that is told
+            ``(done_rows, total_rows)``. Costs one count.
+        :returns: a list with a ``report``. Two queries a chunk, one for its end and one for its rows; one for its rows
+            alone where the queryset is sliced or ordered otherwise than by primary key, with one for all keys.
+        :raises Exception: whatever ``fn`` raises first, with its type, notes that name the chunk and the primary key,
+            and the worker's traceback as its ``__cause__``. What was not begun is cancelled, what was is waited for.
+        :raises parallel_orm.errors.WorkerDied: a worker process was killed; names the chunk. Nothing is run again.
+        :raises parallel_orm.errors.NotPicklable: ``fn``, the queryset or a result cannot travel.
+        :raises parallel_orm.errors.UnsupportedQuerySet: no chunks can be cut truthfully; says what to do instead.
+        :raises parallel_orm.errors.TransactionRefused: in a transaction whose writes the workers could not see.
+        :raises parallel_orm.errors.InvalidOption: an argument has a value that cannot be used.
+
+        Not promised: a snapshot. Chunks are read one after the other; a row that is changed meanwhile comes as it is
+        when its chunk is read. Context variables of the caller's own reach threads, but not processes.
+        """
+        options = Options(chunk_size, processes, threads, ordered, progress).with_workers()
+        function: object = fn
+        if not callable(function) or iscoroutinefunction(function):
+            raise errors.not_callable(fn)
+        plan = plan_map("parallel_map", self, options)
+        job = plan.job(Apply(fn))
+        report = Report(reason=plan.inline)
+        with (
+            listener_for(progress, job.label) as listener,
+            workers_for(job, options, inline=plan.inline) as workers,
+        ):
+            window = Window(workers.window)
+            with closing(dispatch(plan.chunks(), workers.send, window, label=job.label)) as outcomes:
+                watched = told(report.watch(outcomes), listener, plan.count)
+                return Results(gather.listed(watched, window, ordered=ordered), report)
+
+    def explain_plan(self, chunk_size: int | None = None, *, ordered: bool = True) -> Plan:
+        """Return the plan that :meth:`parallel_map` would follow; ``str()`` of it tells how it is cut, and why.
+
+        Makes no query of its own. Raises what ``parallel_map`` would.
+        """
+        return plan_map("explain_plan", self, Options(chunk_size=chunk_size, ordered=ordered))
+
+
+class ParallelRawQuerySet(_Startable, _RawQuerySet):
+    """What ``raw()`` returns: can be started in the background; has no keys to be cut by."""
+
+    @classmethod
+    def of(cls, raw: RawQuerySet[Any]) -> ParallelRawQuerySet:
+        """Return Django's raw queryset as one of ours."""
+        raw.__class__ = cls  # the same state, and Django has no hook for the class
+        assert isinstance(raw, cls)
+        return raw
+
+    def using(self, alias: str | None) -> ParallelRawQuerySet:
+        """As Django's."""
+        return self.of(super().using(alias))
+
+    def chunked_iterator(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: SQL of the user's own has no key to walk by."""
+        raise self._refusal("chunked_iterator")
+
+    def parallel_map(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: SQL of the user's own cannot be cut."""
+        raise self._refusal("parallel_map")
+
+    def start_count(self) -> Any:
+        """Refused, as Django's raw querysets have no ``count()``."""
+        raise self._refusal("start_count", "Django's raw querysets have no count()")
+
+    def start_exists(self) -> Any:
+        """Refused, as Django's raw querysets have no ``exists()``."""
+        raise self._refusal("start_exists", "Django's raw querysets have no exists()")
+
+    def _refusal(
+        self, verb: str, problem: str = "it is raw SQL, which cannot be narrowed to a chunk"
+    ) -> errors.UnsupportedQuerySet:
+        return errors.unsupported(
+            verb,
+            str(self.model and self.model._meta.label),
+            problem,
+            "Use start_fetch(), or filter the model by a subquery: filter(pk__in=RawSQL(...)).",
+        )
+
+
+Querysets = TypeVarTuple("Querysets")
+
+
+def start(*querysets: *Querysets) -> tuple[*Querysets]:
+    """Start the fetch of each of these querysets in the background, and return them, as a tuple.
+
+    As :meth:`ParallelQuerySet.start_fetch` does, one after the other; if one cannot be started, none is.
+
+    :raises parallel_orm.errors.InvalidOption: one is no queryset, or has no ``start_fetch()``.
+    """
+    for each in querysets:
+        if not isinstance(each, _Startable):
+            raise errors.cannot_start(each)
+    for each in querysets:
+        cast("_Startable", each).start_fetch()
+    return querysets

@@ -1,0 +1,256 @@
+"""A task: one chunk and what to do with it. :meth:`Task.run` is all that a worker does."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import os
+import pickle
+import sys
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any, Protocol
+
+import cloudpickle
+from django.db.models import QuerySet
+from django.utils.connection import ConnectionProxy
+
+from parallel_orm import errors
+from parallel_orm.capsule import Capsule, World
+from parallel_orm.chunks import Chunk, key_of_row
+from parallel_orm.connections import lender
+from parallel_orm.keyset import Key, Keyset
+from parallel_orm.outcomes import Outcome, Stopwatch, note
+from parallel_orm.rows import made_fast
+from parallel_orm.session import NOTHING, Session
+
+Rows = QuerySet[Any, Any]
+
+_in_worker: ContextVar[bool] = ContextVar("parallel_orm_in_worker", default=False)
+
+
+def in_worker() -> bool:
+    """Tell whether the caller is itself run by a worker of ours: a map that it starts then runs inline."""
+    return _in_worker.get()
+
+
+@contextmanager
+def as_worker() -> Iterator[None]:
+    token = _in_worker.set(True)
+    try:
+        yield
+    finally:
+        _in_worker.reset(token)
+
+
+class Work(Protocol):
+    """What is done with the rows of a chunk."""
+
+    def __call__(self, rows: Rows, clock: Stopwatch, /) -> tuple[Any, int]:
+        """Return the value of the chunk, and how many rows it read."""
+
+
+def fetch(rows: Rows, clock: Stopwatch) -> tuple[list[Any], int]:
+    """The rows themselves, as a list."""
+    with clock("database"):
+        fetched = list(made_fast(rows))
+    return fetched, len(fetched)
+
+
+@dataclass(frozen=True, slots=True)
+class Apply:
+    """A function's result for each row, as a list."""
+
+    function: Callable[[Any], Any]
+
+    def __call__(self, rows: Rows, clock: Stopwatch) -> tuple[list[Any], int]:
+        fetched, number = fetch(rows, clock)
+        results: list[Any] = []
+        function = self.function
+        with clock("function"):
+            try:
+                for row in fetched:
+                    results.append(function(row))  # noqa: PERF401 - how far it came is needed below
+            except BaseException as error:
+                at = len(results)
+                note(error, f"at row {at} of its chunk, primary key {key_of_row(fetched[at])}")
+                raise
+        return results, number
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all tasks of one call have in common."""
+
+    #: What the chunks are parts of. Nobody else has this queryset, and nobody evaluates it.
+    queryset: Rows
+    work: Work
+    keyset: Keyset | None = None
+    #: The key of a row, where a chunk has a limit and its rest begins behind its last row.
+    key_of: Callable[[Any], Key] | None = None
+    #: What a worker's connection must be given.
+    session: Session = NOTHING
+    capsule: Capsule = field(default_factory=Capsule.of_caller)
+
+    @property
+    def label(self) -> str:
+        return str(self.queryset.model._meta.label)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Pickling a QuerySet runs it, so its parts travel instead.
+        state = self.queryset.__dict__
+        return _rebuild_job, (
+            type(self.queryset),
+            state,
+            self.work,
+            self.keyset,
+            self.key_of,
+            self.session,
+            self.capsule,
+        )
+
+
+def _rebuild_job(queryset_class: type[Rows], state: dict[str, Any], *parts: Any) -> Job:
+    queryset = queryset_class.__new__(queryset_class)
+    queryset.__dict__.update(state)
+    return Job(queryset, *parts)
+
+
+def at(queryset: Rows, alias: str) -> Rows:
+    """Return a copy of a queryset, a raw one too, that asks this database whatever a router says later."""
+    copy = queryset.using(alias)
+    # A raw queryset forgets its prefetches here.
+    copy._prefetch_related_lookups = queryset._prefetch_related_lookups  # type: ignore[attr-defined]
+    return copy
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One chunk of a job, in the process that made the job."""
+
+    job: Job
+    chunk: Chunk
+
+    def run(self) -> Outcome:
+        """Do it here and now, on this thread's own connections."""
+        job, chunk, clock = self.job, self.chunk, Stopwatch()
+        worker = f"{os.getpid()}/{threading.current_thread().name}"
+        rest = None
+        try:
+            # A whole chunk is alone in its job, and the queryset is nobody else's: no copy is needed.
+            rows = job.queryset if chunk.is_whole else chunk.narrow(at(job.queryset, chunk.alias), job.keyset)
+            value, number = job.work(rows, clock)
+            if chunk.limit is not None and job.key_of is not None and number == chunk.limit:
+                rest = chunk.rest(job.key_of(value[-1]))
+        except BaseException as error:
+            if not chunk.is_whole:
+                note(error, f"in {chunk} of {job.label}")
+            return Outcome(chunk, error=error, timings=clock.timings, worker=worker)
+        return Outcome(chunk, value, rows=number, rest=rest, timings=clock.timings, worker=worker)
+
+    def run_lent(self) -> Outcome:
+        """Do it here and now, on connections that are lent for it; once more where one had died while it was idle.
+
+        Only what has not reached the user's function is done again.
+        """
+        outcome = self.run()
+        if outcome.error is not None and not outcome.timings.function and lender.renew(self.chunk.alias):
+            outcome = self.run()
+        return outcome
+
+    def run_in_thread(self) -> Outcome:
+        """Do it in another thread than the caller's: in a copy of the caller's context, on a lent connection."""
+        return self.job.capsule.run(self._run_on_lent_connection)
+
+    def _run_on_lent_connection(self) -> Outcome:
+        with as_worker(), lender.lent(self.chunk.alias, self.job.session):
+            return self.run_lent()
+
+
+_parcel_numbers = count()
+
+
+@dataclass(frozen=True, slots=True)
+class Parcel:
+    """A job as it travels to another process: packed once a call, opened once a worker."""
+
+    world: bytes
+    job: bytes
+    #: What it is called on the way, unique among all processes of this machine.
+    name: str = field(default_factory=lambda: f"{os.getpid()}.{next(_parcel_numbers)}")
+
+    @classmethod
+    def of(cls, job: Job) -> Parcel:
+        """Pack a job; raise :class:`~parallel_orm.errors.NotPicklable` naming what cannot travel."""
+        try:
+            data = dumps(job)
+        except Exception as error:
+            if isinstance(job.work, Apply) and not _is_picklable(job.work):
+                raise errors.function_not_picklable(job.work.function, error) from error
+            raise errors.queryset_not_picklable(job.label, error) from error
+        return cls(dumps(World.of_caller()), data)
+
+    def open(self) -> Job:
+        """Return the job, in a process that is a Django process from now on."""
+        if self.name not in _opened:
+            world: World = pickle.loads(self.world)
+            world.enter()
+            _opened[self.name] = pickle.loads(self.job)
+            while len(_opened) > OPEN_PARCELS:
+                _opened.popitem(last=False)
+        return _opened[self.name]
+
+
+#: Jobs that a worker process keeps unpacked: as many calls as are likely to share it at once.
+OPEN_PARCELS = 4
+_opened: OrderedDict[str, Job] = OrderedDict()
+
+
+class JobPickler(cloudpickle.Pickler):  # type: ignore[misc]
+    """Sends Django's connections and caches, which a function of ``__main__`` brings along, by their names."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        for module, name in (("django.db", "connections"), ("django.core.cache", "caches")):
+            if obj is getattr(sys.modules.get(module), name, None):
+                return getattr, (importlib.import_module(module), name)
+        if type(obj) is ConnectionProxy:
+            return ConnectionProxy, (obj.__dict__["_connections"], obj.__dict__["_alias"])
+        return super().reducer_override(obj)
+
+
+def dumps(value: object) -> bytes:
+    """Pickle what goes to a worker, closures and functions of ``__main__`` by value."""
+    file = io.BytesIO()
+    JobPickler(file, pickle.HIGHEST_PROTOCOL).dump(value)
+    return file.getvalue()
+
+
+def _is_picklable(value: object) -> bool:
+    try:
+        dumps(value)
+    except Exception:
+        return False
+    return True
+
+
+def run_parcel(parcel: Parcel, chunk: Chunk) -> Outcome:
+    """Do one chunk of a job in a worker process; value and error come back packed."""
+    try:
+        job = parcel.open()
+        with as_worker(), job.capsule.restored(), lender.lent(chunk.alias, job.session):
+            # Packed within: a result may be a queryset, which asks the database when it is pickled.
+            return Task(job, chunk).run_lent().packed(name_of(job.work))
+    except Exception as error:
+        note(error, f"{chunk} was not begun, its worker could not be made ready")
+        return Outcome(chunk, error=error, worker=str(os.getpid())).packed("the worker")
+
+
+def name_of(work: Work) -> str:
+    """Return what a message calls this work: the name of the user's function."""
+    function = getattr(work, "function", work)
+    return getattr(function, "__qualname__", None) or repr(function)
