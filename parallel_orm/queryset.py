@@ -14,7 +14,7 @@ from django.db.models.query import RawQuerySet
 from django.db.models.sql import Query, RawQuery
 
 from parallel_orm import errors, gather
-from parallel_orm.background import NOTHING_STARTED, Background, Pending, running, start_read
+from parallel_orm.background import NOTHING_STARTED, Background, Pending, start_read
 from parallel_orm.dispatch import Window, dispatch
 from parallel_orm.executors import inline_workers, workers_for
 from parallel_orm.options import Options, Progress
@@ -22,6 +22,7 @@ from parallel_orm.outcomes import Stopwatch
 from parallel_orm.plan import Plan, plan_map, plan_walk, plan_whole
 from parallel_orm.prefetch import prefetch_side_by_side
 from parallel_orm.progress import listener_for, told
+from parallel_orm.reads import running
 from parallel_orm.report import Report, Results
 from parallel_orm.task import Apply, Work, fetch
 

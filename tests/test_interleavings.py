@@ -26,9 +26,9 @@ from django.test import override_settings
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from parallel_orm.background import Read, running
 from parallel_orm.connections import lender
 from parallel_orm.executors.threads import background_threads
+from parallel_orm.reads import Read, running
 from parallel_orm.session import NOTHING
 from parallel_orm.watch import Watch, watch_of
 from tests.testapp.models import Article, Author, PlainArticle, Tag

@@ -940,7 +940,7 @@ def test_a_fork_does_not_keep_a_read_from_ending_that_it_waits_for(tmp_path):
         MAKE
         + """
 import threading
-from parallel_orm.background import Read, running
+from parallel_orm.reads import Read, running
 from parallel_orm.forks import gate
 from parallel_orm.plan import plan_whole
 begun, asked, waited = threading.Event(), threading.Event(), []
