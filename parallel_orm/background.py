@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import contextmanager, suppress
 from types import MappingProxyType
 from typing import Any
@@ -91,7 +90,7 @@ class Pending:
             )
         try:
             self._read.settle(timeout=timeout)
-        except FutureTimeoutError:
+        except TimeoutError:
             if not self.done():
                 raise TimeoutError(f"No answer within {timeout} seconds; the query goes on.") from None
         return self._answer()

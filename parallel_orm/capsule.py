@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import Context, copy_context
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import tzinfo
 from typing import Any, TypeVar
 
@@ -151,53 +151,46 @@ def _same(one: Context, other: Context) -> bool:
     return len(one) == len(other) and all(one.get(variable, other) is value for variable, value in other.items())
 
 
-@dataclass(frozen=True, slots=True)
 class Capsule:
-    """The caller's language, time zone and context; for another process, its settings too."""
+    """The caller's context, and in it all that is the caller's: its language, its time zone, every ``ContextVar``."""
 
-    language: str | None
-    time_zone: tzinfo | None
-    #: Only where it came from another process.
-    changes: Changes | None = None
-    #: Only within the process: a context cannot be pickled.
-    context: Context = field(default_factory=Context)
-    #: The thread it was captured in.
-    thread: int | None = None
+    __slots__ = ("context", "thread")
 
-    @classmethod
-    def of_caller(cls) -> Capsule:
-        language, time_zone = translation.get_language(), timezone.get_current_timezone()
-        return cls(language, time_zone, context=copy_context(), thread=threading.get_ident())
+    def __init__(self) -> None:
+        self.context = copy_context()
+        #: The thread it was captured in.
+        self.thread = threading.get_ident()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Capsule, (self.language, self.time_zone, Changes.of_caller())
-
-    @contextmanager
-    def restored(self) -> Iterator[None]:
-        """Be in the caller's neighbourhood, in another process."""
-        assert self.changes is not None
-        with self.changes.made(), self._locale():
-            yield
+        # A context cannot be pickled. A call packs its job before it returns, so what holds now is what held then.
+        return Locale, (translation.get_language(), timezone.get_current_timezone(), Changes.of_caller())
 
     def run(self, function: Callable[..., Result], *args: Any) -> Result:
         """Call ``function`` in the caller's neighbourhood, in any thread of its process."""
-        if threading.get_ident() == self.thread and _same(copy_context(), self.context):
-            return function(*args)  # where nothing has changed, language and time zone are in the context too
-        return self.context.copy().run(self._run_at_home, function, args)
+        if threading.get_ident() != self.thread:
+            return self.context.copy().run(self._run_elsewhere, function, args)
+        if _same(copy_context(), self.context):
+            return function(*args)
+        return self.context.copy().run(function, *args)
 
-    def _run_at_home(self, function: Callable[..., Result], args: tuple[Any, ...]) -> Result:
+    def _run_elsewhere(self, function: Callable[..., Result], args: tuple[Any, ...]) -> Result:
         here = threading.get_ident()
-        if here != self.thread:
-            for variable, value in copy_context().items():
-                # The state of an asgiref.local.Local is tagged with its thread, so that no other sees it by accident.
-                if type(value).__module__ == "asgiref.local" and hasattr(value, "thread_id"):
-                    variable.set(type(value)(here, dict(value.data)))
-        if translation.get_language() == self.language and timezone.get_current_timezone() is self.time_zone:
-            return function(*args)
-        with self._locale():
-            return function(*args)
+        for variable, value in self.context.items():
+            # The state of an asgiref.local.Local is tagged with its thread, so that no other sees it by accident.
+            if type(value).__module__ == "asgiref.local" and getattr(value, "thread_id", None) == self.thread:
+                variable.set(type(value)(here, dict(value.data)))
+        return function(*args)
 
-    @contextmanager
-    def _locale(self) -> Iterator[None]:
-        with timezone.override(self.time_zone), translation.override(self.language):
-            yield
+
+@dataclass(frozen=True, slots=True)
+class Locale:
+    """What becomes of a capsule in another process: the caller's language, time zone and settings."""
+
+    language: str | None
+    time_zone: tzinfo | None
+    changes: Changes
+
+    def run(self, function: Callable[..., Result], *args: Any) -> Result:
+        """Call ``function`` in the caller's neighbourhood."""
+        with self.changes.made(), timezone.override(self.time_zone), translation.override(self.language):
+            return function(*args)

@@ -74,7 +74,7 @@ class Lender:
         if budget is not None and not budget.acquire(blocking=not self._depth()):
             budget = None
         try:
-            with gate.held() if reading else nullcontext():  # nobody sees that who forks
+            with gate if reading else nullcontext():  # nobody sees that who forks
                 self._lent.depth = self._depth() + 1
                 own = take_out()
                 wrapper = self._take(alias, session.lasting)
@@ -123,7 +123,7 @@ class Lender:
     def close_idle(self, if_: Callable[[Idle], bool] = lambda idle: True) -> None:
         """Close the idle connections of which this is so; by default all."""
         closing: list[Idle] = []
-        with gate.held():
+        with gate:
             with self._lock:
                 for alias, waiting in self._idle.items():
                     closing += [idle for idle in waiting if if_(idle)]

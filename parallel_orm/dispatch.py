@@ -49,7 +49,7 @@ def dispatch(
     try:
         while True:
             while window.has_room:
-                with gate.held():  # cutting asks the database, while the worker for the last chunk may be forked
+                with gate:  # cutting asks the database, while the worker for the last chunk may be forked
                     chunk = rests.popleft() if rests else next(chunks, None)
                 if chunk is None:
                     break

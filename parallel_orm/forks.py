@@ -10,43 +10,53 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 #: Seconds that a fork waits at most: a query may take its time, or wait for what the forking thread has locked.
 PATIENCE = 1.0
 
 
 class Gate:
-    """Lets through either forks or what must not be forked; no thread waits for itself."""
+    """Lets through either forks or what must not be forked; no thread waits for itself.
+
+    Within ``with gate:`` no other thread forks. Each side says first that it is there and looks then for the other, so
+    that passing takes no lock while nobody forks.
+    """
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._inside: set[int] = set()
+        #: How often each thread has entered.
+        self._inside: dict[int, int] = {}
         self._forking: set[int] = set()
 
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """Within: no other thread forks."""
+    def __enter__(self) -> None:
         me = threading.get_ident()
-        if me in self._inside:
-            yield
-            return
-        with self._changed:
-            self._changed.wait_for(lambda: self._forking <= {me})
-            self._inside.add(me)
-        try:
-            yield
-        finally:
+        depth = self._inside.get(me, 0)
+        self._inside[me] = depth + 1
+        while depth == 0 and self._forking and not self._forking <= {me}:
+            self._leave(me)
             with self._changed:
-                self._inside.discard(me)
+                self._changed.wait_for(lambda: self._forking <= {me})
+            self._inside[me] = 1
+
+    def __exit__(self, *exc_info: object) -> None:
+        me = threading.get_ident()
+        depth = self._inside.get(me, 0)
+        if depth > 1:
+            self._inside[me] = depth - 1
+        else:
+            self._leave(me)
+
+    def _leave(self, me: int) -> None:
+        self._inside.pop(me, None)
+        if self._forking:
+            with self._changed:
                 self._changed.notify_all()
 
     def before_fork(self) -> None:
         me = threading.get_ident()
         with self._changed:
             self._forking.add(me)
-            self._changed.wait_for(lambda: self._inside <= {me}, PATIENCE)
+            self._changed.wait_for(lambda: set(self._inside) <= {me}, PATIENCE)
 
     def after_fork(self) -> None:
         with self._changed:

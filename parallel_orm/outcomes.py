@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pickle
+import threading
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from time import perf_counter
@@ -193,3 +195,46 @@ class Outcome:
         if self.error is not None:
             raise self.error
         return self.value.open() if isinstance(self.value, Packed) else self.value
+
+
+class Landing:
+    """Where one outcome arrives, once: what background reads need of a :class:`concurrent.futures.Future`, in a
+    fraction of its time.
+    """
+
+    __slots__ = ("_callbacks", "_lock", "_outcome")
+
+    def __init__(self) -> None:
+        self._outcome: Outcome | None = None
+        self._callbacks: list[Callable[[Landing], object]] = []
+        self._lock = threading.Lock()
+
+    def done(self) -> bool:
+        return self._outcome is not None
+
+    def set_result(self, outcome: Outcome) -> None:
+        with self._lock:
+            self._outcome = outcome
+            callbacks, self._callbacks = self._callbacks, []
+        for callback in callbacks:
+            callback(self)
+
+    def add_done_callback(self, callback: Callable[[Landing], object]) -> None:
+        """Have this called when the outcome is there: at once if it is, else in the thread that brings it."""
+        with self._lock:
+            if self._outcome is None:
+                self._callbacks.append(callback)
+                return
+        callback(self)
+
+    def result(self, timeout: float | None = None) -> Outcome:
+        """Wait for the outcome, so many seconds at most; then raise ``TimeoutError``."""
+        if self._outcome is None:
+            arrived = threading.Lock()
+            arrived.acquire()
+            self.add_done_callback(lambda _: arrived.release())
+            seconds = -1 if timeout is None else min(max(timeout, 0), threading.TIMEOUT_MAX)
+            if not arrived.acquire(timeout=seconds):
+                raise TimeoutError
+        assert self._outcome is not None
+        return self._outcome

@@ -21,7 +21,7 @@ from django.db.models import QuerySet
 from django.utils.connection import ConnectionProxy
 
 from parallel_orm import errors
-from parallel_orm.capsule import Capsule, World
+from parallel_orm.capsule import Capsule, Locale, World
 from parallel_orm.chunks import Chunk, key_of_row
 from parallel_orm.connections import lender
 from parallel_orm.keyset import Key, Keyset
@@ -95,7 +95,7 @@ class Job:
     key_of: Callable[[Any], Key] | None = None
     #: What a worker's connection must be given.
     session: Session = NOTHING
-    capsule: Capsule = field(default_factory=Capsule.of_caller)
+    capsule: Capsule | Locale = field(default_factory=Capsule)
 
     @property
     def label(self) -> str:
@@ -242,12 +242,16 @@ def run_parcel(parcel: Parcel, chunk: Chunk) -> Outcome:
     """Do one chunk of a job in a worker process; value and error come back packed."""
     try:
         job = parcel.open()
-        with as_worker(), job.capsule.restored(), lender.lent(chunk.alias, job.session):
-            # Packed within: a result may be a queryset, which asks the database when it is pickled.
-            return Task(job, chunk).run_lent().packed(name_of(job.work))
+        return job.capsule.run(_run_in_process, job, chunk)
     except Exception as error:
         note(error, f"{chunk} was not begun, its worker could not be made ready")
         return Outcome(chunk, error=error, worker=str(os.getpid())).packed("the worker")
+
+
+def _run_in_process(job: Job, chunk: Chunk) -> Outcome:
+    with as_worker(), lender.lent(chunk.alias, job.session):
+        # Packed within: a result may be a queryset, which asks the database when it is pickled.
+        return Task(job, chunk).run_lent().packed(name_of(job.work))
 
 
 def name_of(work: Work) -> str:

@@ -28,6 +28,7 @@ from django_tenants.utils import schema_context
 from parallel_orm.connections import lender
 from parallel_orm.executors.threads import background_threads
 from tests.testapp.models import Article, Author, Tag
+from tests.threads import submit
 
 WAIT = 30
 ROWS = {"one": 3, "two": 5}
@@ -94,7 +95,7 @@ with ThreadPoolExecutor(4) as threads:
 
 # No thread is free: stolen, before and after the tenant was changed, and by a write while a change is pending.
 threads, gate = background_threads(), threading.Event()
-at_gate = threading.Barrier(threads._max_workers + 1)
+at_gate = threading.Barrier(threads.number + 1)
 
 
 def hold():
@@ -102,8 +103,8 @@ def hold():
     gate.wait(WAIT)
 
 
-for _ in range(threads._max_workers):
-    threads.submit(hold)
+for _ in range(threads.number):
+    submit(hold)
 at_gate.wait(WAIT)
 for schema in ("one", "two"):
     connection.set_schema(schema)

@@ -9,7 +9,7 @@ import io
 import pickle
 import threading
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from contextvars import ContextVar
 
@@ -31,6 +31,7 @@ from parallel_orm import ParallelManager, ParallelQuerySet, Pending, errors
 from parallel_orm.chunks import Chunk
 from parallel_orm.connections import lender
 from parallel_orm.executors.threads import background_threads
+from parallel_orm.outcomes import Landing
 from parallel_orm.plan import plan_whole
 from parallel_orm.prefetch import prefetch_side_by_side
 from parallel_orm.queryset import fill_cache
@@ -38,6 +39,7 @@ from parallel_orm.task import Task
 from parallel_orm.watch import watch_of
 from tests.asynchronous import run as run_async
 from tests.testapp.models import Article, Author
+from tests.threads import submit
 
 WAIT = 30
 
@@ -55,13 +57,13 @@ def articles(alias):
 def hold_all_threads(gate):
     """Return once every background thread is at the gate, and so has done all that was asked of it before."""
     threads = background_threads()
-    at_gate = threading.Barrier(threads._max_workers + 1)
+    at_gate = threading.Barrier(threads.number + 1)
 
     def hold():
         at_gate.wait(WAIT)
         assert gate.wait(WAIT)
 
-    held = [threads.submit(hold) for _ in range(threads._max_workers)]
+    held = [submit(hold) for _ in range(threads.number)]
     at_gate.wait(WAIT)
     return held
 
@@ -272,7 +274,7 @@ def test_what_no_thread_has_begun_is_run_by_whoever_needs_it(articles, alias, bu
 
 def test_behind_a_full_round_of_others_nothing_is_queued(articles, busy):
     """It would be needed before its turn came: it stays with the caller, who asks for it."""
-    number = background_threads()._max_workers
+    number = background_threads().number
     queued = [articles.all().start_count() for _ in range(number)]
     left = articles.all().start_count()
     busy()
@@ -517,7 +519,7 @@ def test_a_read_that_was_pending_when_the_process_forked(default, tmp_path, busy
     started.background["fetch"].result(WAIT)
     pending = started.background["fetch"]
     read = pending._read
-    read.landed, read._claim = Future(), threading.Lock()
+    read.landed, read._claim = Landing(), threading.Lock()
     read._claim.acquire()
     read._task = Task(plan_whole(started.all()).job(fill_cache), Chunk(0, default))
     read._pid = -1  # of a parent

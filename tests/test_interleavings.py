@@ -27,11 +27,11 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from parallel_orm.connections import lender
-from parallel_orm.executors.threads import background_threads
 from parallel_orm.reads import Read, running
 from parallel_orm.session import NOTHING
 from parallel_orm.watch import Watch, watch_of
 from tests.testapp.models import Article, Author, PlainArticle, Tag
+from tests.threads import submit
 
 WAIT = 60
 THREADS = 3
@@ -221,7 +221,7 @@ class Gates:
 
     def hold(self) -> None:
         if self.held is None and self.slow is None:
-            threads, gate = background_threads(), threading.Event()
+            gate = threading.Event()
             at_gate = threading.Barrier(THREADS + 1)
 
             def stay() -> None:
@@ -229,7 +229,7 @@ class Gates:
                 assert gate.wait(WAIT)
 
             for _ in range(THREADS):
-                threads.submit(stay)
+                submit(stay)
             at_gate.wait(WAIT)
             self.held = gate
 

@@ -30,6 +30,7 @@ from parallel_orm.connections import lender
 from parallel_orm.executors.threads import background_threads
 from parallel_orm.undertaker import undertaker
 from tests.testapp.models import Article, Author, Tag
+from tests.threads import submit
 
 WAIT = 30
 
@@ -132,8 +133,8 @@ def wait_until_gone(alias):
 def all_threads_free():
     """Return when every background thread has done what was asked of it, and does the next."""
     threads = background_threads()
-    together = threading.Barrier(threads._max_workers)
-    for future in [threads.submit(together.wait, WAIT) for _ in range(threads._max_workers)]:
+    together = threading.Barrier(threads.number)
+    for future in [submit(together.wait, WAIT) for _ in range(threads.number)]:
         future.result(WAIT)
 
 
@@ -166,14 +167,14 @@ def _nothing_is_left(alias, _taught):
 def busy():
     """Every background thread is held: whatever is started is not begun."""
     gate, threads = threading.Event(), background_threads()
-    at_gate = threading.Barrier(threads._max_workers + 1)
+    at_gate = threading.Barrier(threads.number + 1)
 
     def hold():
         at_gate.wait(WAIT)
         assert gate.wait(WAIT)
 
-    for _ in range(threads._max_workers):
-        threads.submit(hold)
+    for _ in range(threads.number):
+        submit(hold)
     at_gate.wait(WAIT)
     yield
     gate.set()

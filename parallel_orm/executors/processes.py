@@ -471,7 +471,7 @@ def start_process(start_method: str, target: Callable[..., None], args: tuple[An
     ``if __name__ == "__main__"`` guard would start its whole work anew in each worker.
     """
     context = multiprocessing.get_context(start_method)
-    with _lock, gate.held():  # multiprocessing's locks and what is changed here would stay so in a forked child
+    with _lock, gate:  # multiprocessing's locks and what is changed here would stay so in a forked child
         if start_method == "forkserver":
             os.environ[PATH_VARIABLE] = os.pathsep.join(sys.path)
             try:

@@ -2,57 +2,102 @@
 
 from __future__ import annotations
 
+import atexit
+import logging
 import os
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
+from time import monotonic
 
 from parallel_orm.options import from_settings
 
+#: Seconds that the end of the interpreter waits for calls that are still running, which have been cancelled by then.
+PATIENCE = 5.0
 
-class BackgroundThreads(ThreadPoolExecutor):
-    """Threads that tell how much is asked of them."""
+_logger = logging.getLogger("parallel_orm")
+
+
+class BackgroundThreads:
+    """Threads that call what is put to them, first come, first served, and tell how much is asked of them.
+
+    Made one by one, as they are needed. They are daemons: a query that nobody can cancel does not keep the interpreter
+    from ending. (An executor of the standard library makes a future of each call, which nobody would look at here, and
+    takes ten times as long to be given it.)
+    """
 
     def __init__(self, number: int) -> None:
-        super().__init__(number, thread_name_prefix="parallel_orm-read")
-        self._number = number
-        # What was submitted and is not done. (The queue alone would count what an idle thread is just about to take.)
+        self.number = number
+        self._calls: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
+        self._threads: list[threading.Thread] = []
+        # Guards what is below.
+        self._lock = threading.Lock()
+        # Calls that were put and are not done. (The queue alone has none that an idle thread is just about to take.)
         self._asked = 0
-        self._counting = threading.Lock()
+        self._is_closed = False
 
     @property
     def are_busy(self) -> bool:
         """Whether something waits for one of them."""
-        return self._asked > self._number
+        return self._asked > self.number
 
     @property
     def are_swamped(self) -> bool:
         """Whether for each of them something waits already: what comes now is needed before its turn comes."""
-        return self._asked >= 2 * self._number
+        return self._asked >= 2 * self.number
 
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        self._count(1)
+    def put(self, call: Callable[[], object]) -> None:
+        """Have this called soon, by one of the threads; what it raises is logged.
+
+        :raises RuntimeError: there are no threads any more, or yet: the interpreter ends.
+        """
+        with self._lock:
+            if self._is_closed:
+                raise RuntimeError("these threads are about to end")
+            if len(self._threads) <= self._asked and len(self._threads) < self.number:
+                self._start_one()
+            self._asked += 1
+        self._calls.put(call)
+
+    def close(self) -> None:
+        """Have the threads end when they have done what was put to them."""
+        with self._lock:
+            self._is_closed = True
+            for _ in self._threads:
+                self._calls.put(None)
+
+    def join(self, timeout: float) -> None:
+        """Wait until they have ended, so many seconds at most."""
+        end = monotonic() + timeout
+        for thread in self._threads:
+            thread.join(max(0.0, end - monotonic()))
+
+    def _start_one(self) -> None:
+        name = f"parallel_orm-read_{len(self._threads)}"
+        thread = threading.Thread(target=self._work, name=name, daemon=True)
         try:
-            return super().submit(self._counted, fn, *args, **kwargs)
-        except RuntimeError:
-            self._count(-1)
-            raise
+            thread.start()
+        except RuntimeError:  # as many as the system allows, or the interpreter ends
+            if not self._threads:
+                raise
+        else:
+            self._threads.append(thread)
 
-    def _counted(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return fn(*args, **kwargs)
-        finally:
-            self._count(-1)
-
-    def _count(self, change: int) -> None:
-        with self._counting:
-            self._asked += change
+    def _work(self) -> None:
+        while (call := self._calls.get()) is not None:
+            try:
+                call()
+            except BaseException:
+                _logger.critical("a background thread was handed something that failed", exc_info=True)
+            del call  # else it is kept until the next one comes
+            with self._lock:
+                self._asked -= 1
 
 
 # Guards the pool below: two threads that need it first must not make two.
 _lock = threading.Lock()
-_pool: tuple[int, BackgroundThreads] | None = None
+_pool: BackgroundThreads | None = None
 
 
 def background_threads() -> BackgroundThreads:
@@ -61,18 +106,27 @@ def background_threads() -> BackgroundThreads:
     A pool of another size than asked for (the setting was changed, in a test) is left to finish what it has.
     """
     global _pool
-    size = from_settings().THREADS
+    pool, size = _pool, from_settings().THREADS
+    if pool is not None and pool.number == size:
+        return pool
     with _lock:
-        if _pool is None or _pool[0] != size:
+        if _pool is None or _pool.number != size:
             if _pool is not None:
-                _pool[1].shutdown(wait=False)
-            _pool = size, BackgroundThreads(size)
-        return _pool[1]
+                _pool.close()
+            _pool = BackgroundThreads(size)
+        return _pool
 
 
 def call_threads(number: int) -> ThreadPoolExecutor:
     """Return a pool for one map. Its threads are its own, so that a long map does not keep a page's reads waiting."""
     return ThreadPoolExecutor(number, thread_name_prefix="parallel_orm-map")
+
+
+def _leave() -> None:
+    """At the end of the interpreter."""
+    if _pool is not None:
+        _pool.close()
+        _pool.join(PATIENCE)
 
 
 def _forget() -> None:
@@ -81,5 +135,6 @@ def _forget() -> None:
     _lock, _pool = threading.Lock(), None
 
 
+atexit.register(_leave)
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget)

@@ -1,0 +1,608 @@
+"""Read: one query on its way, run once, by whoever comes first.
+
+A read is handed to the background threads. Whoever comes first runs it: a thread that has a connection for it, or the
+caller who needs the answer and finds it not begun ("stolen"). Nothing waits for a thread that will never be free.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import logging
+import os
+import threading
+import weakref
+from collections.abc import Callable, Coroutine, Generator
+from concurrent.futures import Future
+from contextlib import suppress
+from contextvars import ContextVar, copy_context
+from functools import partial
+from inspect import currentframe
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from asgiref.sync import SyncToAsync, sync_to_async
+from django.core.signals import request_finished, request_started
+from django.db import connections
+from django.db.backends.base.base import BaseDatabaseWrapper
+
+from parallel_orm import errors, events, guards
+from parallel_orm.connections import interrupt, lender
+from parallel_orm.executors.threads import background_threads
+from parallel_orm.forks import gate
+from parallel_orm.outcomes import Landing, Outcome, Stopwatch, note
+from parallel_orm.plan import Plan, plan_whole
+from parallel_orm.seen import is_watched, show
+from parallel_orm.session import NOTHING, Session, Tenant
+from parallel_orm.task import Task, Work, as_worker
+from parallel_orm.undertaker import undertaker
+from parallel_orm.watch import Said, here, watch_of
+
+PACKAGE = str(Path(__file__).parent) + os.sep
+
+#: Seconds after which a query that was to be cancelled, and runs on, is cancelled again: the first may have come
+#: between two statements, where a server takes no notice.
+AGAIN = 0.2
+
+_logger = logging.getLogger("parallel_orm")
+
+
+class Reason(str):
+    """A word that says why a query did not run in the background; ``str()`` of it explains."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        return guards.REASONS[self[:]]
+
+
+class Read:
+    """One query on its way: run once, by a thread or by whoever needs it first."""
+
+    session: Session = NOTHING
+    reason: Reason | None = None
+    queue_time: float | None = None
+    connect_time: float | None = None
+    execute_time: float | None = None
+    #: Whether its request ended before anybody used it.
+    left = False
+    #: The caller's connection, until its queries have been shown there.
+    _home: BaseDatabaseWrapper | None = None
+    #: Whether it was started in a transaction, which its failure would have ended inline too.
+    _in_transaction = True
+    #: The thread of the caller that runs it, while it does.
+    _thread: int | None = None
+    _running: BaseDatabaseWrapper | None = None
+    _stopped: BaseException | None = None
+    _deadline: threading.Timer | None = None
+    #: Only of a start in a coroutine, which another thread begins.
+    begun: Future[None] | None = None
+    #: Whether no thread will run it: whoever needs the answer must.
+    _is_left_over = False
+    #: What answers it too, so that its own query need not run.
+    _leader: Read | None = None
+    _answer: Callable[[Any], Any] = bool
+
+    def __init__(self, verb: str, plan: Plan, work: Work, seconds: float | None = None) -> None:
+        self.verb, self.alias, self.model = verb, plan.alias, plan.queryset.model
+        self.started_at = place_of_caller()
+        (self._chunk,) = plan.chunks()
+        #: None once it has landed: with it go the queryset and the caller's context.
+        self._task: Task | None = Task(plan.job(work), self._chunk)
+        self._seconds = seconds
+        self._siblings: list[Read] = []
+        self._said: list[Said] = []
+        self._since = perf_counter()
+        self._pid = os.getpid()
+        # Taken by whoever runs it, never released: between a thread, the caller and other threads of the caller.
+        self._claim = threading.Lock()
+        # Guards what changes above and below. Reentrant, as the collector may drop a Pending anywhere.
+        self._lock = threading.RLock()
+        self.landed = Landing()
+        self._to_wake: list[Callable[[], None]] = []
+
+    # --- Beginning ----------------------------------------------------------------------
+
+    def begin(self, stay: str | None = None, session: Session | None = None) -> None:
+        """Decide where it runs and send it there; in the thread of the caller's connection."""
+        try:
+            task = self._task
+            if task is None:  # it was cancelled before
+                return
+            if stay is None and session is None:
+                stay, session = guards.where_to_read(self.alias, task.job.queryset)
+            self.session = session or NOTHING
+            home = self._home = connections[self.alias]
+            self._in_transaction = home.in_atomic_block
+            if stay is None:
+                if self.verb != PART:  # the parts of a read need not wait for each other
+                    watch_of(home).add(self)
+                if self._seconds is not None:
+                    self._deadline = _later(self._seconds, self._expire)
+                threads = background_threads()
+                try:
+                    if threads.are_swamped:
+                        self._is_left_over = True
+                    else:
+                        threads.put(self._run_there)
+                except RuntimeError:  # no new threads while the interpreter ends
+                    stay = "shutdown"
+        finally:
+            if self.begun is not None:
+                self.begun.set_result(None)
+        if stay is not None:
+            if self._run_here(stay, at_home=True):
+                self._tell("inline")
+            return
+        self._tell("started")
+        # The parts of a read are stopped with it.
+        if self.verb != PART and (requested := _reads_of_request()) is not None:
+            requested.add(self)
+
+    def begin_soon(self) -> None:
+        """In a coroutine: begin in the thread that has the connection of async code, before all that it does next."""
+        self.begun = Future()
+        once = threading.Lock()
+        self._beginning = _send_off(sync_to_async(self._begin_quietly)(once))
+        self._beginning.add_done_callback(partial(self._begin_nowhere, once))
+
+    def _begin_quietly(self, once: threading.Lock) -> None:
+        if not once.acquire(blocking=False):
+            return
+        try:
+            self.begin()
+        except BaseException as error:
+            self._land(Outcome(self._chunk, error=error))
+
+    def _begin_nowhere(self, once: threading.Lock, _: object) -> None:
+        """The event loop has ended before that thread could begin: whoever needs the answer asks on their own."""
+        if not once.acquire(blocking=False):
+            return
+        assert self.begun is not None
+        self._leave_over()
+        self.begun.set_result(None)
+
+    # --- Running ------------------------------------------------------------------------
+
+    def done(self) -> bool:
+        return self.landed.done()
+
+    def settle(self, *, wait: bool = True, timeout: float | None = None) -> None:
+        """Run it now if nobody has begun it; else wait for it, if asked to."""
+        if self._thread == threading.get_ident() and not self.done():
+            return  # a statement of this very read, which is run here
+        if self._pid != os.getpid() and not self.done():
+            # In a forked child: the thread that had it was left behind in the parent.
+            self._pid, self._claim, self._lock = os.getpid(), threading.Lock(), threading.RLock()
+            self.landed, self._leader = Landing(), None
+        if (leader := self._leader) is not None:
+            leader.settle(wait=wait, timeout=timeout)
+            self.take()
+        if not self.done():
+            if self.begun is not None:
+                self.begun.result(timeout)
+            if self._run_here("stolen"):
+                self._tell("stolen")
+        if wait:
+            self.landed.result(timeout)
+
+    @property
+    def is_waiting(self) -> bool:
+        """Tell whether nobody has begun it."""
+        return not self._claim.locked() and not self.done()
+
+    def _run_here(self, reason: str, *, at_home: bool = False) -> bool:
+        task = self._task
+        if task is None or not self._claimed():
+            return False
+        # Inline, the answer is that of the caller's connection, as broken as it may be.
+        run = task.run if at_home else partial(self._run_stolen, task)
+        self._thread = threading.get_ident()
+        outcome = task.job.capsule.run(run)  # as of the call, in time zone and language too
+        self._thread = None
+        if isinstance(outcome.error, KeyboardInterrupt | SystemExit):  # meant for the caller, and no answer
+            self._claim.release()
+            raise outcome.error
+        self.reason = Reason(reason)
+        self._land(outcome)
+        return True
+
+    def _is_home(self) -> bool:
+        """Tell whether this thread's connection would answer as it would have when the read was started."""
+        home = connections[self.alias]
+        tenant = self.session.tenant
+        return (
+            home is self._home
+            and not home.needs_rollback
+            and not home.closed_in_transaction
+            and (tenant is None or tenant.same_as(Tenant.of(home)))
+        )
+
+    def _run_stolen(self, task: Task) -> Outcome:
+        """Run it as it would have run at its start: in the caller's transaction only if it was started in one, and
+        without the ``execute_wrappers`` that have come since.
+        """
+        if not self._is_home():
+            return self._run_lent(task)
+        home = connections[self.alias]
+        wrappers, home.execute_wrappers = home.execute_wrappers, []
+        try:
+            if self._in_transaction or home.vendor != "postgresql" or not home.in_atomic_block:
+                return task.run()
+            try:
+                _say(home, "SAVEPOINT parallel_orm")
+            except Exception:  # the transaction has failed, which Django does not know
+                return self._run_lent(task)
+            outcome = task.run()
+            with suppress(Exception):  # of a connection that died: its next statement will tell
+                if outcome.error is not None:
+                    _say(home, "ROLLBACK TO SAVEPOINT parallel_orm")
+                _say(home, "RELEASE SAVEPOINT parallel_orm")
+            return outcome
+        finally:
+            home.execute_wrappers = wrappers
+
+    def _run_lent(self, task: Task) -> Outcome:
+        try:
+            with as_worker(), lender.lent(self.alias, self.session, reading=True) as wrapper:
+                return self._run_on(wrapper, task)
+        except Exception as error:
+            return Outcome(task.chunk, error=error)
+
+    def when_tried(self, wake: Callable[[], None]) -> None:
+        """Have this called when the answer is there, or is left to whoever needs it; in any thread."""
+        with self._lock:
+            if not self.done() and not self._is_left_over:
+                self._to_wake.append(wake)
+                return
+        wake()
+
+    def _leave_over(self) -> None:
+        with self._lock:
+            self._is_left_over = True
+        self._wake()
+
+    def _wake(self) -> None:
+        with self._lock:
+            to_wake, self._to_wake = self._to_wake, []
+        for wake in to_wake:
+            wake()
+
+    def _run_there(self) -> None:
+        # To its landing at once: a forked child finds either the task or the answer, and a fork that waits for a read
+        # does not keep one from landing for which that waits in turn.
+        with gate:
+            task = self._task
+            if task is None or self._claim.locked():
+                return  # the caller was first: no connection need be made ready
+            outcome = task.job.capsule.run(self._run_on_lent_connection, task)
+            if outcome is None:
+                self._leave_over()
+            else:
+                self._land(outcome)
+
+    def _run_on_lent_connection(self, task: Task) -> Outcome | None:
+        outcome = None
+        began = perf_counter()
+        try:
+            with as_worker(), lender.lent(self.alias, self.session, reading=True) as wrapper:
+                with suppress(Exception):
+                    wrapper.ensure_connection()
+                with self._lock:
+                    if wrapper.connection is None or not self._claimed():
+                        # No connection is to be had just now: whoever needs the answer asks on their own.
+                        return None
+                    self._running = wrapper
+                self.connect_time = perf_counter() - began
+                _under_way.add(self)
+                outcome = self._run_on(wrapper, task)
+        except BaseException as error:
+            # It could not be lent, or be given the caller's session: whoever needs the answer asks on their own. Or it
+            # could not be given back.
+            if outcome is None and self._claim.locked() and self._running is not None:
+                return Outcome(task.chunk, error=error)
+        finally:
+            _under_way.discard(self)
+        return outcome
+
+    def _run_on(self, wrapper: BaseDatabaseWrapper, task: Task) -> Outcome:
+        watch, outer = watch_of(wrapper), getattr(here, "log", None)
+        watch.log = here.log = self._said
+        token = running.set(self)
+        try:
+            return task.run_lent()
+        finally:
+            running.reset(token)
+            here.log = outer
+            with self._lock:
+                self._running = None
+                watch.log = watch.stopped = None
+
+    def beside(self, works: list[Callable[[], None]]) -> None:
+        """Do several things at once, as parts of this read and in its session; return when all are done."""
+        assert self._task is not None
+        plan = plan_whole(self._task.job.queryset)
+        first, *others = works
+        reads = [Read(PART, plan, _part(work)) for work in others]
+        with self._lock:
+            if self._stopped is not None:
+                raise self._stopped
+            self._siblings += reads
+        for read in reads:
+            read.started_at = self.started_at
+            read.begin(session=self.session)
+        outcomes = [Task(plan.job(_part(first), self.session), self._chunk).run()]
+        for read in reads:
+            read.settle()
+            self._said += read._said
+            outcomes.append(read.landed.result())
+        for outcome in outcomes:
+            outcome.result()
+
+    # --- Being answered by another ------------------------------------------------------
+
+    def hold(self) -> bool:
+        """Have nobody begin it, if nobody has; until :meth:`follow`."""
+        return not self.done() and self._claim.acquire(blocking=False)
+
+    def follow(self, leader: Read | None, answer: Callable[[Any], Any]) -> None:
+        """Take the answer from that of ``leader``; run after all if that has none."""
+        self._leader, self._answer = leader, answer
+        if leader is None:
+            self._let_go()
+            return
+        me = weakref.ref(self)
+
+        def take(_: object) -> None:
+            if (read := me()) is not None:
+                read.take()
+
+        leader.landed.add_done_callback(take)
+
+    def take(self) -> None:
+        """Take the answer of the other one, if that is there."""
+        with self._lock:
+            leader = self._leader
+            if leader is None or not leader.done():
+                return
+            outcome = leader.landed.result()
+            if outcome.error is not None:
+                self._let_go()
+                return
+            self.reason = leader.reason
+            self._land(Outcome(self._chunk, self._answer(outcome.value)))
+
+    def _let_go(self) -> None:
+        self._leader = None
+        self._claim.release()
+        self._leave_over()
+
+    def _claimed(self) -> bool:
+        if not self._claim.acquire(blocking=False):
+            return False
+        self.queue_time = perf_counter() - self._since
+        return True
+
+    def _land(self, outcome: Outcome) -> None:
+        with self._lock:
+            if self.landed.done():  # it was cancelled meanwhile
+                return
+            if self._deadline is not None:
+                self._deadline.cancel()
+            if self.queue_time is not None:
+                self.execute_time = perf_counter() - self._since - self.queue_time
+            if isinstance(outcome.error, BaseException):
+                note(outcome.error, f"the query was started at {self.started_at}")
+            task, self._task = self._task, None  # which ends outside of the lock, as anything may hang on it
+            self._leader = None
+            self.landed.set_result(outcome)
+        del task
+        self._wake()
+        error = outcome.error if isinstance(outcome.error, BaseException) else None
+        self._tell("finished" if error is None else "failed", error)
+
+    # --- Stopping -----------------------------------------------------------------------
+
+    def cancel(self, error: BaseException) -> bool:
+        """Have ``error`` be the answer, and the server give up the query. False where it is there already, or where
+        the caller's own connection is at it.
+        """
+        with self._lock:
+            if self.done() or (self._claim.locked() and self._running is None and self._leader is None):
+                return False
+            self._claim.acquire(blocking=False)
+            self._stopped = error
+            self._land(Outcome(self._chunk, error=error))
+            if self._running is not None:
+                _later(0, self._interrupt)
+            siblings = list(self._siblings)
+        for sibling in siblings:
+            sibling.cancel(error)
+        return True
+
+    def _interrupt(self) -> None:
+        with gate, self._lock:  # held meanwhile, so that the connection is not given to somebody else
+            if self._running is None:
+                return
+            watch_of(self._running).stopped = self._stopped
+            try:
+                interrupt(self._running)
+            except Exception:
+                _logger.warning("a query on %r could not be cancelled", self.alias, exc_info=True)
+        _later(AGAIN, self._interrupt)
+
+    def _expire(self) -> None:
+        assert self._seconds is not None
+        with gate:
+            self.cancel(errors.deadline_exceeded(self._seconds))
+
+    def abandon(self) -> None:
+        """Nobody will use it: cancel it if it is on its way, and tell of a failure that nobody will hear of."""
+        if self.cancel(errors.cancelled("because nobody held its result any more")):
+            self._tell("abandoned")
+        elif self.done():
+            self._abandon(self.landed.result())
+        else:  # the answer is just about to be there
+            self.landed.add_done_callback(lambda _: undertaker.call(self.abandon))
+
+    def _abandon(self, outcome: Outcome) -> None:
+        if isinstance(outcome.error, errors.Cancelled):
+            return  # by whoever held it
+        if isinstance(outcome.error, BaseException):
+            _logger.error(
+                "A background read failed and nobody asked for its result; it was started at %s",
+                self.started_at,
+                exc_info=outcome.error,
+            )
+        self._tell("abandoned")
+
+    def leave(self) -> None:
+        """Its request has ended."""
+        if not self.done() and self.cancel(errors.cancelled("at the end of the request that started it")):
+            self.left = True
+            self._tell("abandoned")
+
+    # --- Being seen ---------------------------------------------------------------------
+
+    def shown(self) -> None:
+        """Enter what it executed elsewhere among the queries of the caller who started it; once."""
+        with self._lock:
+            said, self._said = self._said, []
+            home, self._home = self._home, None
+        if home is None:
+            return
+        for alias in dict.fromkeys(each.alias for each in said):
+            show([each for each in said if each.alias == alias], home if alias == self.alias else connections[alias])
+
+    @property
+    def is_to_be_shown(self) -> bool:
+        """Tell whether anybody watches the queries of the caller, and has not seen these."""
+        return bool(self._said) and self._home is not None and is_watched(self._home)
+
+    def _tell(self, kind: str, error: BaseException | None = None) -> None:
+        events.count(kind)
+        if events.has_observers(kind):
+            times = self.queue_time, self.connect_time, self.execute_time
+            reason = None if self.reason is None else self.reason[:]
+            events.tell(
+                events.Event(kind, self.verb, self.model, self.alias, self.started_at, reason, *times, error=error)
+            )
+
+
+#: What a read is called that is a part of another one.
+PART = "prefetch"
+
+
+def _part(work: Callable[[], None]) -> Work:
+    def run(rows: Any, clock: Stopwatch) -> tuple[None, int]:
+        work()
+        return None, 0
+
+    return run
+
+
+#: The read that this thread is running in the background.
+running: ContextVar[Read | None] = ContextVar("parallel_orm_running", default=None)
+
+
+#: Reads that a background thread is at.
+_under_way: set[Read] = set()
+
+
+def _leave() -> None:
+    """At the end of the interpreter: nobody will use them any more."""
+    for read in list(_under_way):
+        read.cancel(errors.cancelled("at the end of the interpreter"))
+        read._interrupt()  # here: there may be no new threads any more
+
+
+atexit.register(_leave)
+
+
+def _say(wrapper: BaseDatabaseWrapper, sql: str) -> None:
+    """Execute something on the driver's own cursor: it is no query of the user's."""
+    with wrapper.connection.cursor() as cursor:
+        cursor.execute(sql)
+
+
+def _later(seconds: float, call: Any) -> threading.Timer:
+    timer = threading.Timer(seconds, call)
+    timer.daemon = True
+    timer.name = "parallel_orm-timer"
+    with suppress(RuntimeError):  # no new threads while the interpreter ends
+        timer.start()
+    return timer
+
+
+class _SentOff:
+    """What is left of a coroutine that was run until it first waited: what eager tasks do since Python 3.12."""
+
+    def __init__(self, coroutine: Coroutine[Any, Any, Any]) -> None:
+        self._coroutine = coroutine
+        self._waits_for: Any = None
+        self._ended = False
+        self._step(coroutine.send, None)
+
+    def _step(self, send: Callable[[Any], Any], value: Any) -> None:
+        try:
+            self._waits_for = send(value)
+        except StopIteration:
+            self._ended = True
+
+    def __await__(self) -> Generator[Any, Any, None]:
+        while not self._ended:
+            try:
+                value = yield self._waits_for
+            except BaseException as error:
+                self._step(self._coroutine.throw, error)
+            else:
+                self._step(self._coroutine.send, value)
+
+
+def _send_off(coroutine: Coroutine[Any, Any, Any]) -> asyncio.Task[None]:
+    """Run a coroutine until it first waits, and have what is left of it done."""
+
+    async def finish() -> None:
+        await rest
+
+    context = copy_context()  # asgiref notes there that its thread is taken
+    rest = context.run(_SentOff, coroutine)
+    return asyncio.get_running_loop().create_task(finish(), context=context)
+
+
+def place_of_caller() -> str:
+    """Return file and line of the innermost frame outside of this package, for a note."""
+    frame = currentframe()
+    while frame is not None and frame.f_code.co_filename.startswith(PACKAGE):
+        frame = frame.f_back
+    return "an unknown place" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno}"
+
+
+# --- The end of a request ---------------------------------------------------------------
+
+# A request is told by its context: of the thread that serves it, or, under ASGI, the one that asgiref makes for it.
+_reads_by_thread: ContextVar[weakref.WeakSet[Read] | None] = ContextVar("parallel_orm_reads", default=None)
+_reads_by_context: weakref.WeakKeyDictionary[Any, weakref.WeakSet[Read]] = weakref.WeakKeyDictionary()
+
+
+def _reads_of_request() -> weakref.WeakSet[Read] | None:
+    """Return where the running request notes what it has started; None outside of one."""
+    context = SyncToAsync.thread_sensitive_context.get(None)
+    if context is None:
+        return _reads_by_thread.get()
+    return _reads_by_context.setdefault(context, weakref.WeakSet())
+
+
+def _request_starts(**_: Any) -> None:
+    _reads_by_thread.set(weakref.WeakSet())
+
+
+def _request_ends(**_: Any) -> None:
+    for read in list(_reads_of_request() or ()):
+        read.leave()
+    _reads_by_thread.set(None)
+
+
+request_started.connect(_request_starts, dispatch_uid="parallel_orm")
+request_finished.connect(_request_ends, dispatch_uid="parallel_orm")
