@@ -21,9 +21,8 @@ from django.core.exceptions import SynchronousOnlyOperation
 from parallel_orm import errors
 from parallel_orm.connections import lender
 from parallel_orm.executors.threads import background_threads
-from parallel_orm.plan import Plan
 from parallel_orm.reads import Read, Reason
-from parallel_orm.task import Work
+from parallel_orm.task import Task
 from parallel_orm.undertaker import undertaker
 
 
@@ -147,11 +146,11 @@ class Pending:
         return f"<Pending on {self.alias!r}: {state}{'' if self.reason is None else f', {self.reason[:]}'}>"
 
 
-def start_read(verb: str, plan: Plan, work: Work, seconds: float | None = None, stay: str | None = None) -> Pending:
+def start_read(verb: str, task: Task, seconds: float | None = None, stay: str | None = None) -> Pending:
     """Start one read; in a coroutine too. ``seconds`` is its deadline, ``stay`` why it is to run here and now."""
     if seconds is not None and not (_is_number(seconds) and seconds > 0):
         raise errors.bad_timeout(seconds)
-    read = Read(verb, plan, work, seconds)
+    read = Read(verb, task, seconds)
     if stay is None and loop_is_running() and not os.environ.get("DJANGO_ALLOW_ASYNC_UNSAFE"):
         read.begin_soon()
     else:
@@ -194,6 +193,9 @@ class Background(Mapping[str, Pending]):
     def __getitem__(self, verb: str) -> Pending:
         return self._pending[verb]
 
+    def __contains__(self, verb: object) -> bool:
+        return verb in self._pending
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._pending)
 
@@ -214,6 +216,12 @@ class Background(Mapping[str, Pending]):
             for verb, pending in held:
                 leader = pending._leader = leaders[0] if leaders else None
                 pending._read.follow(None if leader is None else leader._read, len if verb == "count" else bool)
+
+    def forget_left(self) -> None:
+        """Forget what a request left behind, to be asked for anew."""
+        for verb, pending in [*self._pending.items()]:
+            if pending._read.left:
+                del self._pending[verb]
 
     def forget(self, verb: str, pending: Pending) -> None:
         if self._pending.get(verb) is pending:

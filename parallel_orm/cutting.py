@@ -6,6 +6,7 @@ Costs and balance of each way were measured for the design; ``docs/explanation/p
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from typing import Any
 
 from parallel_orm.chunks import Chunk
@@ -13,9 +14,10 @@ from parallel_orm.chunks import Chunk
 Key = tuple[Any, ...]
 
 
-def whole(alias: str) -> Iterator[Chunk]:
+@cache
+def whole(alias: str) -> Chunk:
     """Cut nothing: one chunk that is the queryset."""
-    yield Chunk(index=0, alias=alias)
+    return Chunk(index=0, alias=alias)
 
 
 def by_jumps(alias: str, last: Key, size: int, jump: Callable[[Key | None, int], Key | None]) -> Iterator[Chunk]:

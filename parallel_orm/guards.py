@@ -56,6 +56,12 @@ def connection_for(alias: str) -> BaseDatabaseWrapper:
         raise errors.unknown_alias(alias, list(connections.settings)) from None
 
 
+def refuse_unknown(alias: str) -> None:
+    """Refuse an alias that there is not, without making its connection."""
+    if alias not in connections.settings:
+        raise errors.unknown_alias(alias, list(connections.settings))
+
+
 def where_to_read(alias: str, queryset: Rows | None = None) -> tuple[str | None, Session]:
     """Return why a read must run on the caller's connection, as a word of :data:`REASONS`, or None; and else what
     another connection must be given to answer as this one would.

@@ -34,10 +34,10 @@ from parallel_orm.keyset import (
 )
 from parallel_orm.options import MAP_CHUNK_SIZE, WALK_CHUNK_SIZE, Options
 from parallel_orm.session import NOTHING, Session
-from parallel_orm.task import Job, Work, at
+from parallel_orm.task import Job, Task, Work, at
 
 Rows = QuerySet[Any, Any]
-Cut = Literal["one chunk", "pages", "ranges", "keys"]
+Cut = Literal["pages", "ranges", "keys"]
 
 
 @dataclass(frozen=True)
@@ -73,9 +73,7 @@ class Plan:
 
     def chunks(self) -> Iterator[Chunk]:
         """Yield the chunks, lazily: each query for a bound is made when its chunk is taken."""
-        if self.cut == "one chunk":
-            yield from cutting.whole(self.alias)
-        elif self.cut == "keys":
+        if self.cut == "keys":
             most = guards.most_keys(guards.connection_for(self.alias)) or self.chunk_size
             yield from cutting.by_keys(self.alias, self._list_keys(), min(self.chunk_size, most))
         elif (last := self._last_key()) is None:
@@ -129,7 +127,7 @@ class Plan:
         )
         lines = [
             f"Plan for {model} on {self.alias!r}",
-            f"  cut:    {self.cut}" + ("" if self.cut == "one chunk" else f" of {self.chunk_size} rows"),
+            f"  cut:    {self.cut} of {self.chunk_size} rows",
             f"  why:    {self.why}",
             f"  order:  {order}",
         ]
@@ -157,11 +155,11 @@ def compact(keys: Rows) -> Sequence[Any]:
     return listed
 
 
-def plan_whole(queryset: Rows) -> Plan:
-    """Plan one chunk: the queryset as it is."""
+def plan_whole(queryset: Rows, work: Work) -> Task:
+    """Plan what needs no cut, one query for the queryset as it is: a single task."""
     alias = queryset.db
-    guards.connection_for(alias)
-    return Plan(at(queryset, alias), "one chunk", "one query answers it", 1, alias=alias)
+    guards.refuse_unknown(alias)
+    return Task(Job(at(queryset, alias), work), cutting.whole(alias))
 
 
 def plan_walk(queryset: Rows, options: Options) -> Plan:

@@ -176,13 +176,16 @@ class _Startable:
         return True
 
     def _start(self, verb: str, work: Work, timeout: float | None, *answered_by: str) -> Self:
+        if self.__dict__["_result_cache"] is not None:
+            return self
         started = self._started()
-        if self.__dict__["_result_cache"] is None and not any(name in started for name in (verb, *answered_by)):
-            if self._background is None:
-                self._background = Background()
-            with self._background.holding(ANSWERS[verb]) as leader:
-                leader.append(self._pending(verb, work, timeout))
-            self._background.add(verb, leader[0])
+        if started and any(name in started for name in (verb, *answered_by)):
+            return self
+        if self._background is None:
+            self._background = Background()
+        with self._background.holding(ANSWERS[verb]) as leader:
+            leader.append(self._pending(verb, work, timeout))
+        self._background.add(verb, leader[0])
         return self
 
     def _pending(self, verb: str, work: Work, timeout: float | None = None) -> Pending:
@@ -191,15 +194,14 @@ class _Startable:
         if isinstance(query, RawQuery):
             query.params = _as_now(query.params)
         stay = "empty" if isinstance(query, Query) and query.is_empty() else None
-        return start_read(verb, plan_whole(queryset), work, timeout, stay)
+        return start_read(verb, plan_whole(queryset, work), timeout, stay)
 
     def _started(self) -> Mapping[str, Pending]:
         """What was started and answers: not where rows are there already, nor what a request left behind."""
         background = self._background
         if background is None or self.__dict__["_result_cache"] is not None:
             return NOTHING_STARTED
-        for verb in [verb for verb, pending in background.items() if pending.was_left]:
-            background.forget(verb, background[verb])
+        background.forget_left()
         return background
 
 
@@ -257,7 +259,7 @@ class ParallelQuerySet(_Startable, QuerySet[M, Row]):
         def look(_: Any, clock: Stopwatch) -> tuple[Any, int]:
             return work(rows, clock)
 
-        return start_read(verb, plan_whole(self), look, timeout, "evaluated")
+        return start_read(verb, plan_whole(self, look), timeout, "evaluated")
 
     def count(self) -> int:
         """As Django's; answered without a query by a count or a fetch that was started."""
@@ -277,8 +279,7 @@ class ParallelQuerySet(_Startable, QuerySet[M, Row]):
         return type(self)._fetch_all is ParallelQuerySet._fetch_all
 
     def _fetch_all(self) -> None:
-        started = self._started()
-        if "fetch" in started and self.__dict__["_result_cache"] is None:
+        if self._background is not None and "fetch" in (started := self._started()):
             _Startable._result_cache.take(self, started["fetch"])
         super()._fetch_all()
 

@@ -32,7 +32,7 @@ from parallel_orm.connections import interrupt, lender
 from parallel_orm.executors.threads import background_threads
 from parallel_orm.forks import gate
 from parallel_orm.outcomes import Landing, Outcome, Stopwatch, note
-from parallel_orm.plan import Plan, plan_whole
+from parallel_orm.plan import plan_whole
 from parallel_orm.seen import is_watched, show
 from parallel_orm.session import NOTHING, Session, Tenant
 from parallel_orm.task import Task, Work, as_worker
@@ -84,12 +84,12 @@ class Read:
     _leader: Read | None = None
     _answer: Callable[[Any], Any] = bool
 
-    def __init__(self, verb: str, plan: Plan, work: Work, seconds: float | None = None) -> None:
-        self.verb, self.alias, self.model = verb, plan.alias, plan.queryset.model
+    def __init__(self, verb: str, task: Task, seconds: float | None = None) -> None:
+        self.verb, self.alias, self.model = verb, task.chunk.alias, task.job.queryset.model
         self.started_at = place_of_caller()
-        (self._chunk,) = plan.chunks()
+        self._chunk = task.chunk
         #: None once it has landed: with it go the queryset and the caller's context.
-        self._task: Task | None = Task(plan.job(work), self._chunk)
+        self._task: Task | None = task
         self._seconds = seconds
         self._siblings: list[Read] = []
         self._said: list[Said] = []
@@ -208,24 +208,26 @@ class Read:
         self._land(outcome)
         return True
 
-    def _is_home(self) -> bool:
-        """Tell whether this thread's connection would answer as it would have when the read was started."""
+    def _home_as_it_was(self) -> BaseDatabaseWrapper | None:
+        """Return this thread's connection if it would answer as it would have when the read was started."""
         home = connections[self.alias]
         tenant = self.session.tenant
-        return (
+        if (
             home is self._home
             and not home.needs_rollback
             and not home.closed_in_transaction
             and (tenant is None or tenant.same_as(Tenant.of(home)))
-        )
+        ):
+            return home
+        return None
 
     def _run_stolen(self, task: Task) -> Outcome:
         """Run it as it would have run at its start: in the caller's transaction only if it was started in one, and
         without the ``execute_wrappers`` that have come since.
         """
-        if not self._is_home():
+        home = self._home_as_it_was()
+        if home is None:
             return self._run_lent(task)
-        home = connections[self.alias]
         wrappers, home.execute_wrappers = home.execute_wrappers, []
         try:
             if self._in_transaction or home.vendor != "postgresql" or not home.in_atomic_block:
@@ -270,12 +272,14 @@ class Read:
             wake()
 
     def _run_there(self) -> None:
+        if self._claim.locked():
+            return  # the caller was first: no connection need be made ready
         # To its landing at once: a forked child finds either the task or the answer, and a fork that waits for a read
         # does not keep one from landing for which that waits in turn.
         with gate:
             task = self._task
-            if task is None or self._claim.locked():
-                return  # the caller was first: no connection need be made ready
+            if task is None:  # it was cancelled
+                return
             outcome = task.job.capsule.run(self._run_on_lent_connection, task)
             if outcome is None:
                 self._leave_over()
@@ -322,9 +326,9 @@ class Read:
     def beside(self, works: list[Callable[[], None]]) -> None:
         """Do several things at once, as parts of this read and in its session; return when all are done."""
         assert self._task is not None
-        plan = plan_whole(self._task.job.queryset)
+        rows = self._task.job.queryset
         first, *others = works
-        reads = [Read(PART, plan, _part(work)) for work in others]
+        reads = [Read(PART, plan_whole(rows, _part(work))) for work in others]
         with self._lock:
             if self._stopped is not None:
                 raise self._stopped
@@ -332,7 +336,7 @@ class Read:
         for read in reads:
             read.started_at = self.started_at
             read.begin(session=self.session)
-        outcomes = [Task(plan.job(_part(first), self.session), self._chunk).run()]
+        outcomes = [plan_whole(rows, _part(first)).run()]
         for read in reads:
             read.settle()
             self._said += read._said
@@ -470,7 +474,7 @@ class Read:
         with self._lock:
             said, self._said = self._said, []
             home, self._home = self._home, None
-        if home is None:
+        if home is None or not said:
             return
         for alias in dict.fromkeys(each.alias for each in said):
             show([each for each in said if each.alias == alias], home if alias == self.alias else connections[alias])

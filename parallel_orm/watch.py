@@ -71,6 +71,7 @@ class Watch:
         #: Of a worker's connection: what it was given, which nobody has said on it.
         self.given: Session = NOTHING
         self._reads: list[weakref.ref[Read]] = []
+        self._most_reads = 8
         self._settling = False
         self._begin(None, None)
 
@@ -165,7 +166,9 @@ class Watch:
 
     def add(self, read: Read) -> None:
         """Have writes wait for this read."""
-        self._reads = [ref for ref in self._reads if (other := ref()) is not None and not other.done()]
+        if len(self._reads) >= self._most_reads:
+            self._reads = [ref for ref in self._reads if (other := ref()) is not None and not other.done()]
+            self._most_reads = 2 * len(self._reads) + 8  # so that many reads are not looked through for each
         self._reads.append(weakref.ref(read))
 
     def settle(self, *, wait: bool = True, only: Callable[[Read], bool] = lambda read: True) -> None:

@@ -28,14 +28,12 @@ from django.test.utils import CaptureQueriesContext
 from django.utils import timezone, translation
 
 from parallel_orm import ParallelManager, ParallelQuerySet, Pending, errors
-from parallel_orm.chunks import Chunk
 from parallel_orm.connections import lender
 from parallel_orm.executors.threads import background_threads
 from parallel_orm.outcomes import Landing
 from parallel_orm.plan import plan_whole
 from parallel_orm.prefetch import prefetch_side_by_side
 from parallel_orm.queryset import fill_cache
-from parallel_orm.task import Task
 from parallel_orm.watch import watch_of
 from tests.asynchronous import run as run_async
 from tests.testapp.models import Article, Author
@@ -521,7 +519,7 @@ def test_a_read_that_was_pending_when_the_process_forked(default, tmp_path, busy
     read = pending._read
     read.landed, read._claim = Landing(), threading.Lock()
     read._claim.acquire()
-    read._task = Task(plan_whole(started.all()).job(fill_cache), Chunk(0, default))
+    read._task = plan_whole(started.all(), fill_cache)
     read._pid = -1  # of a parent
     assert len(pending.result(WAIT)) == 1
 

@@ -956,7 +956,7 @@ def part():
 def work(rows, clock):
     running.get().beside([begun.wait, part])
     return "answer", 0
-read = Read("fetch", plan_whole(Article.objects.all()), work)
+read = Read("fetch", plan_whole(Article.objects.all(), work))
 read.begin()
 begun.wait()
 child = os.fork()
