@@ -19,8 +19,6 @@ from asgiref.sync import sync_to_async
 from django.core.exceptions import SynchronousOnlyOperation
 
 from parallel_orm import errors
-from parallel_orm.connections import lender
-from parallel_orm.executors.threads import background_threads
 from parallel_orm.reads import Read, Reason
 from parallel_orm.task import Task
 from parallel_orm.undertaker import undertaker
@@ -119,7 +117,7 @@ class Pending:
         if not read.done():
             if read.begun is not None:
                 await _called_back(read.begun.add_done_callback)
-            if not read.is_waiting or not (background_threads().are_busy or lender.is_used_up(read.alias)):
+            if read.is_about_to_begin:
                 await _called_back(read.when_tried)
             if not read.done():
                 # No thread will begin it soon: in the thread of the caller's own connection, then.

@@ -182,6 +182,11 @@ class Read:
         if not self.done():
             if self.begun is not None:
                 self.begun.result(timeout)
+            if wait and self._deadline is not None and self.is_about_to_begin:
+                # On the caller's connection nothing would keep to the deadline.
+                tried = threading.Event()
+                self.when_tried(tried.set)
+                tried.wait(timeout)
             if self._run_here("stolen"):
                 self._tell("stolen")
         if wait:
@@ -191,6 +196,15 @@ class Read:
     def is_waiting(self) -> bool:
         """Tell whether nobody has begun it."""
         return not self._claim.locked() and not self.done()
+
+    @property
+    def is_about_to_begin(self) -> bool:
+        """Tell whether a thread and a connection are there for it, or have begun it, so that there is no long wait for
+        :meth:`when_tried`.
+        """
+        return not self.is_waiting or not (
+            self._is_left_over or background_threads().are_busy or lender.is_used_up(self.alias)
+        )
 
     def _run_here(self, reason: str, *, at_home: bool = False) -> bool:
         task = self._task

@@ -311,6 +311,19 @@ def test_a_deadline_stops_the_query(articles, alias):
     assert wait_until_gone(alias) < 1
 
 
+def test_a_deadline_holds_for_what_is_used_at_once(articles, alias):
+    """A free thread is waited for: the caller's own connection would keep to no deadline."""
+    queryset = long(articles)
+    with pytest.raises(errors.DeadlineExceeded):
+        queryset.start_count(timeout=0.5).count()
+    assert wait_until_gone(alias) < 1
+
+
+def test_no_thread_is_waited_for_that_is_not_free(articles, busy):
+    counted = articles.start_count(timeout=3600)
+    assert (counted.count(), counted.background["count"].reason) == (1, "stolen")
+
+
 def test_a_deadline_holds_when_nobody_asks_and_in_the_queue(articles, alias, busy):
     """Nothing has begun it, nobody waits: it is over all the same."""
     with heard(events.failed) as failed:
