@@ -83,7 +83,7 @@ class Lender:
                     if session.ends_with_transaction and wrapper.connection is not None and not wrapper.is_usable():
                         close_quietly(wrapper)
                     self._lent.reused = wrapper.connection is not None and not session.ends_with_transaction
-                    with session.restored(wrapper, reading=reading):
+                    with nullcontext() if session is NOTHING else session.restored(wrapper, reading=reading):
                         watch_of(wrapper).given = session
                         yield wrapper
                 finally:
@@ -236,7 +236,9 @@ class Lender:
 
 def _fixed(settings: dict[str, Any]) -> dict[str, Any]:
     """Return what a connection was opened with; without what a backend notes there for itself (a tenant's schema)."""
-    return {name: value for name, value in settings.items() if name != "SCHEMA"}
+    fixed = settings.copy()
+    fixed.pop("SCHEMA", None)
+    return fixed
 
 
 def interrupt(wrapper: BaseDatabaseWrapper) -> None:

@@ -172,10 +172,7 @@ class Read:
         """Run it now if nobody has begun it; else wait for it, if asked to."""
         if self._thread == threading.get_ident() and not self.done():
             return  # a statement of this very read, which is run here
-        if self._pid != os.getpid() and not self.done():
-            # In a forked child: the thread that had it was left behind in the parent.
-            self._pid, self._claim, self._lock = os.getpid(), threading.Lock(), threading.RLock()
-            self.landed, self._leader = Landing(), None
+        self._come_along()
         if (leader := self._leader) is not None:
             leader.settle(wait=wait, timeout=timeout)
             self.take()
@@ -191,6 +188,12 @@ class Read:
                 self._tell("stolen")
         if wait:
             self.landed.result(timeout)
+
+    def _come_along(self) -> None:
+        """In a forked child: the thread that had it was left behind in the parent."""
+        if self._pid != os.getpid() and not self.done():
+            self._pid, self._claim, self._lock = os.getpid(), threading.Lock(), threading.RLock()
+            self.landed, self._leader, self._running = Landing(), None, None
 
     @property
     def is_waiting(self) -> bool:
@@ -426,6 +429,7 @@ class Read:
         """Have ``error`` be the answer, and the server give up the query. False where it is there already, or where
         the caller's own connection is at it.
         """
+        self._come_along()
         with self._lock:
             if self.done() or (self._claim.locked() and self._running is None and self._leader is None):
                 return False
@@ -536,6 +540,8 @@ def _leave() -> None:
 
 
 atexit.register(_leave)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_under_way.clear)  # they run in the parent
 
 
 def _say(wrapper: BaseDatabaseWrapper, sql: str) -> None:
