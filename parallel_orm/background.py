@@ -19,6 +19,7 @@ from asgiref.sync import sync_to_async
 from django.core.exceptions import SynchronousOnlyOperation
 
 from parallel_orm import errors
+from parallel_orm.bonds import FREE, bonds_of, hold
 from parallel_orm.reads import Read, Reason
 from parallel_orm.task import Task
 from parallel_orm.undertaker import undertaker
@@ -148,7 +149,13 @@ def start_read(verb: str, task: Task, seconds: float | None = None, stay: str | 
     """Start one read; in a coroutine too. ``seconds`` is its deadline, ``stay`` why it is to run here and now."""
     if seconds is not None and not (_is_number(seconds) and seconds > 0):
         raise errors.bad_timeout(seconds)
-    read = Read(verb, task, seconds)
+    bonds = FREE
+    if stay is None:
+        rows = task.job.queryset  # a copy, which nobody else has
+        bonds = bonds_of(rows, *getattr(task.job.work, "arguments", ()))
+        if bonds.is_changeable:
+            hold(rows)
+    read = Read(verb, task, seconds, bonds)
     if stay is None and loop_is_running() and not os.environ.get("DJANGO_ALLOW_ASYNC_UNSAFE"):
         read.begin_soon()
     else:

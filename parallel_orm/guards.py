@@ -12,18 +12,19 @@ from typing import Any
 from django.core.exceptions import EmptyResultSet
 from django.db import connections
 from django.db.backends.base.base import BaseDatabaseWrapper
-from django.db.models import Aggregate, Model, Prefetch, QuerySet
+from django.db.models import Aggregate, Model, QuerySet
 from django.db.models.expressions import Col, RawSQL
 from django.db.models.query import FlatValuesListIterable, NamedValuesListIterable, ValuesIterable, ValuesListIterable
-from django.db.models.sql import Query, RawQuery
+from django.db.models.sql import Query
 from django.db.models.sql.constants import INNER
 from django.utils.connection import ConnectionDoesNotExist
 
 from parallel_orm import errors
+from parallel_orm.bonds import FREE, Bonds
 from parallel_orm.keyset import parts
 from parallel_orm.options import from_settings
 from parallel_orm.session import NOTHING, Session
-from parallel_orm.statements import only_reads
+from parallel_orm.statements import Bond
 from parallel_orm.task import in_worker
 from parallel_orm.watch import watch_of
 
@@ -62,50 +63,31 @@ def refuse_unknown(alias: str) -> None:
         raise errors.unknown_alias(alias, list(connections.settings))
 
 
-def where_to_read(alias: str, queryset: Rows | None = None) -> tuple[str | None, Session]:
+def where_to_read(alias: str, bonds: Bonds = FREE) -> tuple[str | None, Session]:
     """Return why a read must run on the caller's connection, as a word of :data:`REASONS`, or None; and else what
     another connection must be given to answer as this one would.
     """
     connection: Any = connection_for(alias)
     if not connection.allow_thread_sharing and connection._thread_ident != threading.get_ident():
         return "thread", NOTHING
-    if is_testcase(connection):
-        return "testcase", NOTHING
+    if connection.in_atomic_block:
+        if is_testcase(connection):
+            return "testcase", NOTHING
+        if any(getattr(block, "_from_testcase", False) for block in connection.atomic_blocks):
+            return "transaction", NOTHING
     if is_in_memory(connection):
         return "memory", NOTHING
-    query = getattr(queryset, "query", None)
-    if _locks(queryset):
-        return "select_for_update", NOTHING
-    if isinstance(query, RawQuery) and not only_reads(query.sql):
-        return "writes", NOTHING
+    if bonds.bond is not None and bonds.bond is not Bond.CLOCK:
+        return bonds.bond.value, NOTHING
     if connection.execute_wrappers:
         return "wrapper", NOTHING
     if from_settings().connections_of(alias) == 0:
         return "budget", NOTHING
-    if any(getattr(block, "_from_testcase", False) for block in connection.atomic_blocks):
-        return "transaction", NOTHING
-    session = watch_of(connection).elsewhere()
+    watch = watch_of(connection)
+    if bonds.bond is Bond.CLOCK and watch.in_transaction:
+        return bonds.bond.value, NOTHING
+    session = watch.elsewhere()
     return (session, NOTHING) if isinstance(session, str) else (None, session)
-
-
-def _locks(queryset: Any) -> bool:
-    """Tell whether rows are locked: those of the queryset, of a subquery, or of what is prefetched."""
-    lookups = getattr(queryset, "_prefetch_related_lookups", ())
-    return _query_locks(getattr(queryset, "query", None)) or any(
-        lookup.queryset is not None and _locks(lookup.queryset) for lookup in lookups if isinstance(lookup, Prefetch)
-    )
-
-
-def _query_locks(query: Any) -> bool:
-    if not isinstance(query, Query):
-        return False
-    if query.select_for_update or any(_query_locks(each) for each in query.combined_queries):
-        return True
-    return any(
-        part is not query and _query_locks(part)
-        for expression in (query.where, *query.annotations.values())
-        for part in parts(expression)
-    )
 
 
 def is_testcase(connection: BaseDatabaseWrapper) -> bool:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator, KeysView, Mapping, ValuesView
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import closing
-from copy import copy
 from inspect import iscoroutinefunction
 from typing import TYPE_CHECKING, Any, Self, TypeVar, TypeVarTuple, cast
 
 from django.db.models import Model, QuerySet, prefetch_related_objects
 from django.db.models.query import RawQuerySet
-from django.db.models.sql import Query, RawQuery
+from django.db.models.sql import Query
 
 from parallel_orm import errors, gather
 from parallel_orm.background import NOTHING_STARTED, Background, Pending, start_read
+from parallel_orm.bonds import as_of_now
 from parallel_orm.dispatch import Window, dispatch
 from parallel_orm.executors import inline_workers, workers_for
 from parallel_orm.options import Options, Progress
@@ -111,20 +111,18 @@ def find_any(rows: Any, clock: Stopwatch) -> tuple[bool, int]:
         return super(ParallelQuerySet, rows).exists(), 0
 
 
-def _as_now(arg: Any) -> Any:
-    """Return an argument that the caller may change before it is looked at, or that can be read but once."""
-    if isinstance(arg, (list, set, dict, bytearray)):
-        return copy(arg)
-    return list(arg) if isinstance(arg, (Iterator, KeysView, ValuesView)) else arg
-
-
 class Call:
     """What a method of the queryset returns: its own, or that of a derived class."""
 
     def __init__(self, method: str, *args: Any, **kwargs: Any) -> None:
         self.method = method
-        self.args = tuple(_as_now(arg) for arg in args)
-        self.kwargs = {name: _as_now(arg) for name, arg in kwargs.items()}
+        self.args: tuple[Any, ...] = as_of_now(args)
+        self.kwargs: dict[str, Any] = as_of_now(kwargs)
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """All that it is called with."""
+        return *self.args, *self.kwargs.values()
 
     def __call__(self, rows: Any, clock: Stopwatch) -> tuple[Any, int]:
         """Call it."""
@@ -191,8 +189,6 @@ class _Startable:
     def _pending(self, verb: str, work: Work, timeout: float | None = None) -> Pending:
         queryset = cast("QuerySet[Any, Any]", self)
         query: Any = self.query  # type: ignore[attr-defined]
-        if isinstance(query, RawQuery):
-            query.params = _as_now(query.params)
         stay = "empty" if isinstance(query, Query) and query.is_empty() else None
         return start_read(verb, plan_whole(queryset, work), timeout, stay)
 

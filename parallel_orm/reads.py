@@ -28,6 +28,7 @@ from django.db import connections
 from django.db.backends.base.base import BaseDatabaseWrapper
 
 from parallel_orm import errors, events, guards
+from parallel_orm.bonds import FREE, Bonds
 from parallel_orm.connections import interrupt, lender
 from parallel_orm.executors.threads import background_threads
 from parallel_orm.forks import gate
@@ -84,8 +85,9 @@ class Read:
     _leader: Read | None = None
     _answer: Callable[[Any], Any] = bool
 
-    def __init__(self, verb: str, task: Task, seconds: float | None = None) -> None:
+    def __init__(self, verb: str, task: Task, seconds: float | None = None, bonds: Bonds = FREE) -> None:
         self.verb, self.alias, self.model = verb, task.chunk.alias, task.job.queryset.model
+        self.bonds = bonds
         self.started_at = place_of_caller()
         self._chunk = task.chunk
         #: None once it has landed: with it go the queryset and the caller's context.
@@ -111,7 +113,7 @@ class Read:
             if task is None:  # it was cancelled before
                 return
             if stay is None and session is None:
-                stay, session = guards.where_to_read(self.alias, task.job.queryset)
+                stay, session = guards.where_to_read(self.alias, self.bonds)
             self.session = session or NOTHING
             home = self._home = connections[self.alias]
             self._in_transaction = home.in_atomic_block

@@ -1,4 +1,5 @@
-"""What a statement does, told by its text alone: only reads, names session variables, or says nothing that we know.
+"""What a statement does, told by its text alone: only reads, is bound to its connection, names session variables, or
+says nothing that we know.
 
 Nothing here is trusted to be more than a shortcut. A statement that is taken for a read is one whose every word is
 known to be harmless; all that is not understood counts as a write, and as one that may have changed the session.
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from enum import Enum
 from functools import lru_cache
 from typing import Any
 
@@ -68,7 +70,7 @@ _HARMLESS = _words(
     connection_id gen_random_uuid uuid_generate_v4 uuid pg_sleep sleep bin_to_uuid
     uuid_to_bin inet_aton inet_ntoa sqlite_version pg_current_xact_id_if_assigned
     to_regclass
-    bitxor any_value uuidv4 uuidv7
+    bitxor any_value uuidv4 uuidv7 uuid_v4 uuid_v7
     django_date_extract django_date_trunc django_datetime_cast_date django_datetime_cast_time django_datetime_extract
     django_datetime_trunc django_format_dtdelta django_time_diff django_time_extract django_time_trunc
     django_timestamp_diff
@@ -94,15 +96,21 @@ _COLUMNS = re.compile(
 )
 
 
+#: Functions that PostGIS, SpatiaLite, MariaDB and MySQL have for geometries: none does more than compute.
+_SPATIAL = "st_"
+
+
 @lru_cache(maxsize=2048)
-def only_reads(sql: str) -> bool:
-    """Tell whether a statement provably does nothing but read: True is a proof, False is a doubt."""
-    sql = sql.replace("ESCAPE '\\'", "")  # Django's, with LIKE on SQLite
-    if _HIDING.search(sql):
+def only_reads(sql: str, declared: frozenset[str] = frozenset()) -> bool:
+    """Tell whether a statement provably does nothing but read: True is a proof, False is a doubt.
+
+    ``declared`` are functions that are taken to be harmless too, lower case.
+    """
+    bare = _bare(sql)
+    if bare is None:
         return False
-    bare = _NOISE.sub(lambda found: " Q " if found.group()[0] in "'\"`" else " ", sql).strip().rstrip("; \n\t")
-    if not bare.isascii() or _MARKS.search(bare):
-        return False
+    for name in declared:
+        bare = re.sub(rf"(?i)(?<![\w$.]){re.escape(name)}(?=\s*\()", "abs", bare)
     words = [word.lower() for word in _WORD.findall(bare)]
     if not words or (words[0] not in _READERS and not bare.startswith("(")):
         return False
@@ -111,7 +119,76 @@ def only_reads(sql: str) -> bool:
     functions = {"replace", "truncate", "insert"} - {words[0]}
     if _WRITERS.intersection(words) - (calls & functions) or _QUALIFIED_CALL.search(bare):
         return False
-    return calls <= _HARMLESS | functions
+    return all(call.startswith(_SPATIAL) for call in calls - _HARMLESS - functions)
+
+
+def _bare(sql: str) -> str | None:
+    """Return a statement without its comments, and a Q for what is quoted; None where these cannot be told."""
+    sql = sql.replace("ESCAPE '\\'", "")  # Django's, with LIKE on SQLite
+    if _HIDING.search(sql):
+        return None
+    bare = _NOISE.sub(lambda found: " Q " if found.group()[0] in "'\"`" else " ", sql).strip().rstrip("; \n\t")
+    return bare if bare.isascii() and not _MARKS.search(bare) else None
+
+
+# --- What is bound to the connection that it is said on -------------------------------
+
+
+class Bond(Enum):
+    """What keeps a read on the connection of its caller."""
+
+    #: Rows are locked, for the transaction of that connection.
+    LOCK = "select_for_update"
+    #: It may do more than read, or its answer is about the connection.
+    OWN = "writes"
+    #: It tells when its transaction began, which is another moment for another connection.
+    CLOCK = "transaction"
+
+
+#: Functions that change a session, or answer for it: locks, sequences, what was inserted or found last, who and where
+#: one is, what is sent to other sessions and servers.
+_OWN = re.compile(
+    r"""(?ix) (?<![a-z0-9_$])
+    (?: \w*advisory\w* | dblink\w* | lo_\w+ | \w*get_lock | release_\w*locks? | is_(?:free|used)_lock
+      | set_config | setseed | setval | nextval | currval | lastval | last_insert_id | last_insert_rowid
+      | found_rows | row_count | changes | total_changes | txid_\w+ | pg_current_xact_id\w*
+      | pg_(?:current_)?snapshot\w* | pg_export_snapshot | pg_backend_pid | pg_my_temp_schema | pg_is_other_temp_schema
+      | pg_notify | pg_listening_channels | pg_cancel_backend | pg_terminate_backend | pg_reload_conf | pg_switch_wal
+      | connection_id | ps_current_thread_id | inet_client_\w+ | load_extension | query_to_xml\w* | cursor_to_xml\w*
+    ) (?![a-z0-9_$]) | (?<![<@])@@?[a-z_]"""
+)
+#: Of these, the ones that :func:`only_reads` takes for reads, as they are; and variables of MySQL's sessions.
+_OWN_READ = re.compile(r"(?i)\bconnection_id\s*\(|@@[a-z_]")
+_CLOCK = re.compile(
+    r"""(?ix) (?<![a-z0-9_$.]) (?: (?: now | age | transaction_timestamp ) \s* \(
+      | (?: transaction_timestamp | current_timestamp | current_date | current_time | localtime
+          | localtimestamp ) \b )"""
+)
+_CLOCK_LITERAL = re.compile(r"(?i)'\s*(?:now|today|tomorrow|yesterday)\b")
+
+
+@lru_cache(maxsize=2048)
+def bond_of(sql: str, declared: frozenset[str] = frozenset()) -> Bond | None:
+    """Tell what keeps a statement from being said on another connection than its caller's; None: nothing."""
+    if not only_reads(sql, declared):
+        return Bond.OWN
+    bare = _bare(sql) or ""
+    if _OWN_READ.search(bare):
+        return Bond.OWN
+    return Bond.CLOCK if _CLOCK.search(bare) or _CLOCK_LITERAL.search(sql) else None
+
+
+def bond_of_function(text: str) -> tuple[Bond | None, frozenset[str]]:
+    """Tell what a function of somebody's own, told by its name or its template, is bound by; and which it calls, lower
+    case, that are not known to be harmless: whoever wrote them down as expressions of a query says that they are.
+    """
+    if _OWN.search(text):
+        return Bond.OWN, frozenset()
+    names = {name.lower() for name in _NAME_OF_CALL.findall(text)} - _HARMLESS
+    return Bond.CLOCK if _CLOCK.search(text) else None, frozenset(names)
+
+
+_NAME_OF_CALL = re.compile(r"(?<![\w$.])[A-Za-z_][\w$]*(?:\.[A-Za-z_][\w$]*)*(?=\s*\()")
 
 
 # --- What a statement leaves behind in its session ----------------------------------

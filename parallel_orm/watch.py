@@ -199,7 +199,7 @@ class Watch:
         if wrapper.connection is not self._connection:
             self._begin(wrapper.connection, None)
             self._unknown = True  # nobody watched when it was opened
-        in_transaction = wrapper.in_atomic_block or not wrapper.autocommit or self._was_begun_by_hand()
+        in_transaction = self.in_transaction
         if not in_transaction:
             self._end_transaction()
         elif wrapper.vendor != "postgresql" or self._wrote or wrapper.needs_rollback:
@@ -221,6 +221,14 @@ class Watch:
         if any(name == "search_path" for name, _ in session.values):
             return "session"  # one of the user's own: when the backend overrules it is the backend's affair
         return Session(session.values, session.snapshot, tenant)
+
+    @property
+    def in_transaction(self) -> bool:
+        """Tell whether the connection is in a transaction, whoever began it."""
+        wrapper = self.wrapper
+        if wrapper.connection is None:
+            return False
+        return wrapper.in_atomic_block or not wrapper.autocommit or self._was_begun_by_hand()
 
     def _was_begun_by_hand(self) -> bool:
         """Tell whether there is a transaction that Django does not know of: somebody executed BEGIN."""

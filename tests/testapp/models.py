@@ -205,3 +205,18 @@ class Note(models.Model):
     quiet = QuietQuerySet.as_manager()
     mixed = ParallelManager.from_queryset(MixedQuerySet)()
     plain = models.Manager()
+
+
+class LockingManager(ParallelManager):
+    """Whose rows are locked wherever they are read, unless all are asked for."""
+
+    def get_queryset(self) -> Any:
+        return super().get_queryset().select_for_update()
+
+
+class Lease(models.Model):
+    """Locked, and so read on the caller's connection, through whatever leads here."""
+
+    author = models.ForeignKey(Author, models.CASCADE, related_name="leases")
+
+    objects = LockingManager()
