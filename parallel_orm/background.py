@@ -20,9 +20,9 @@ from django.core.exceptions import SynchronousOnlyOperation
 
 from parallel_orm import errors
 from parallel_orm.bonds import FREE, bonds_of, hold
+from parallel_orm.chores import chores
 from parallel_orm.reads import Read, Reason
 from parallel_orm.task import Task
-from parallel_orm.undertaker import undertaker
 
 
 class Pending:
@@ -37,7 +37,7 @@ class Pending:
         self._asked = False
         #: What answers this too; kept, as a Pending that is dropped cancels its query.
         self._leader: Pending | None = None
-        undertaker.attend()
+        chores.attend()
 
     @property
     def alias(self) -> str:
@@ -138,7 +138,7 @@ class Pending:
     def __del__(self) -> None:
         read = self.__dict__.get("_read")
         if read is not None and not self._asked and not read.left:
-            undertaker.call(read.abandon)
+            chores.call(read.abandon)
 
     def __repr__(self) -> str:
         state = "done" if self.done() else "pending"

@@ -29,6 +29,7 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 
 from parallel_orm import errors, events, guards
 from parallel_orm.bonds import FREE, Bonds
+from parallel_orm.chores import Due, chores
 from parallel_orm.connections import interrupt, lender
 from parallel_orm.executors.threads import background_threads
 from parallel_orm.forks import gate
@@ -37,7 +38,6 @@ from parallel_orm.plan import plan_whole
 from parallel_orm.seen import is_watched, show
 from parallel_orm.session import NOTHING, Session, Tenant
 from parallel_orm.task import Task, Work, as_worker
-from parallel_orm.undertaker import undertaker
 from parallel_orm.watch import Said, here, watch_of
 
 PACKAGE = str(Path(__file__).parent) + os.sep
@@ -76,7 +76,7 @@ class Read:
     _thread: int | None = None
     _running: BaseDatabaseWrapper | None = None
     _stopped: BaseException | None = None
-    _deadline: threading.Timer | None = None
+    _deadline: Due | None = None
     #: Only of a start in a coroutine, which another thread begins.
     begun: Future[None] | None = None
     #: Whether no thread will run it: whoever needs the answer must.
@@ -121,7 +121,7 @@ class Read:
                 if self.verb != PART:  # the parts of a read need not wait for each other
                     watch_of(home).add(self)
                 if self._seconds is not None:
-                    self._deadline = _later(self._seconds, self._expire)
+                    self._deadline = chores.call_later(self._seconds, self._expire)
                 threads = background_threads()
                 try:
                     if threads.are_swamped:
@@ -439,11 +439,17 @@ class Read:
             self._stopped = error
             self._land(Outcome(self._chunk, error=error))
             if self._running is not None:
-                _later(0, self._interrupt)
+                self._interrupt_soon()
             siblings = list(self._siblings)
         for sibling in siblings:
             sibling.cancel(error)
         return True
+
+    def _interrupt_soon(self) -> None:
+        """In a thread of its own: it may have to connect."""
+        thread = threading.Thread(target=self._interrupt, name="parallel_orm-interrupt", daemon=True)
+        with suppress(RuntimeError):  # no new threads while the interpreter ends
+            thread.start()
 
     def _interrupt(self) -> None:
         with gate, self._lock:  # held meanwhile, so that the connection is not given to somebody else
@@ -454,7 +460,7 @@ class Read:
                 interrupt(self._running)
             except Exception:
                 _logger.warning("a query on %r could not be cancelled", self.alias, exc_info=True)
-        _later(AGAIN, self._interrupt)
+        chores.call_later(AGAIN, self._interrupt_soon)
 
     def _expire(self) -> None:
         assert self._seconds is not None
@@ -468,7 +474,7 @@ class Read:
         elif self.done():
             self._abandon(self.landed.result())
         else:  # the answer is just about to be there
-            self.landed.add_done_callback(lambda _: undertaker.call(self.abandon))
+            self.landed.add_done_callback(lambda _: chores.call(self.abandon))
 
     def _abandon(self, outcome: Outcome) -> None:
         if isinstance(outcome.error, errors.Cancelled):
@@ -550,15 +556,6 @@ def _say(wrapper: BaseDatabaseWrapper, sql: str) -> None:
     """Execute something on the driver's own cursor: it is no query of the user's."""
     with wrapper.connection.cursor() as cursor:
         cursor.execute(sql)
-
-
-def _later(seconds: float, call: Any) -> threading.Timer:
-    timer = threading.Timer(seconds, call)
-    timer.daemon = True
-    timer.name = "parallel_orm-timer"
-    with suppress(RuntimeError):  # no new threads while the interpreter ends
-        timer.start()
-    return timer
 
 
 class _SentOff:

@@ -19,7 +19,7 @@ from django.test import TransactionTestCase, override_settings
 from django.test.utils import CaptureQueriesContext
 
 from parallel_orm import events
-from parallel_orm.undertaker import undertaker
+from parallel_orm.chores import chores
 from tests.asynchronous import run as run_async
 from tests.test_background import hold_all_threads
 from tests.testapp.models import Article, Author, Tag
@@ -529,8 +529,8 @@ def test_a_failed_read_is_told_of_with_its_error(articles):
 def drained():
     """Return when what was dropped has been told of."""
     told = threading.Event()
-    undertaker.attend()  # a test that started nothing, run first, has not brought it
-    undertaker.call(told.set)
+    chores.attend()  # a test that started nothing, run first, has not brought it
+    chores.call(told.set)
     assert told.wait(WAIT)
 
 

@@ -11,6 +11,7 @@ import socket
 import threading
 import time
 from contextlib import contextmanager
+from functools import partial
 
 import psutil
 import pytest
@@ -26,9 +27,9 @@ from django.test import Client, RequestFactory, override_settings
 from django.urls import path
 
 from parallel_orm import errors, events
+from parallel_orm.chores import chores
 from parallel_orm.connections import lender
 from parallel_orm.executors.threads import background_threads
-from parallel_orm.undertaker import undertaker
 from tests.testapp.models import Article, Author, Tag
 from tests.threads import submit
 
@@ -182,8 +183,8 @@ def busy():
 
 def drained():
     told = threading.Event()
-    undertaker.attend()  # a test that started nothing, run first, has not brought it
-    undertaker.call(told.set)
+    chores.attend()  # a test that started nothing, run first, has not brought it
+    chores.call(told.set)
     assert told.wait(WAIT)
 
 
@@ -334,12 +335,25 @@ def test_a_deadline_holds_when_nobody_asks_and_in_the_queue(articles, alias, bus
         queryset.count()
 
 
-def test_a_deadline_that_is_met_leaves_no_timer(articles):
+def test_a_deadline_that_is_met_holds_nothing(articles):
     pending = articles.start_first(timeout=3600)
     pending.result(WAIT)
     assert pending._read._deadline is not None
-    pending._read._deadline.join(WAIT)
-    assert not pending._read._deadline.is_alive()
+    assert pending._read._deadline.call is None
+
+
+def test_deadlines_come_in_their_order_whatever_the_order_they_were_set_in():
+    came, last = [], threading.Event()
+    for seconds in (0.05, 0.0, 0.02):
+        chores.call_later(seconds, partial(came.append, seconds))
+    chores.call_later(0.01, lambda: 1 / 0)  # disturbs nobody
+    never = chores.call_later(0.01, partial(came.append, "never"))
+    never.cancel()
+    for _ in range(1_000):  # of which most are met long before
+        chores.call_later(float("inf"), last.wait).cancel()
+    chores.call_later(0.06, last.set)
+    assert last.wait(WAIT)
+    assert came == [0.0, 0.02, 0.05]
 
 
 @pytest.mark.parametrize("timeout", [0, -1, True, "x", float("nan"), [1]], ids=str)
