@@ -20,7 +20,7 @@ from tests import servers
 def made() -> Iterator[dict[str, str]]:
     """Set Django up with the databases that can be had; yield what each alias is, for people to read."""
     folder = Path(tempfile.mkdtemp(prefix="parallel-orm-benchmarks-"))
-    started: list[servers.EmbeddedPostgres] = []
+    started: list[servers.OwnServer] = []
     try:
         found = servers.find_postgres(started)
         databases: dict[str, Any] = {

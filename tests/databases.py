@@ -42,7 +42,7 @@ class Databases:
                 f"PARALLEL_ORM_REQUIRE: {', '.join(sorted(unknown))} is none of "
                 f"{', '.join(sorted(set(KINDS.values())))}"
             )
-        self._started: list[servers.EmbeddedPostgres] = []
+        self._started: list[servers.OwnServer] = []
         self._made: dict[str, list[Any]] = {}
         self._tables: dict[str, list[str]] = {}
         self._used: set[str] = set()

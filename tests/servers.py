@@ -9,7 +9,7 @@ worker processes are told what it found by the environment (``tests.settings``).
 * MariaDB: ``PARALLEL_ORM_MARIADB_URL``, else whatever lets ``root`` in without
   a password at 127.0.0.1:3306.
 
-Our own PostgreSQL is the child of a small supervisor (this file, run as a
+A server of our own is the child of a small supervisor (this file, run as a
 script), which stops it and removes its folder when told so, or as soon as the
 pipe from the process that asked for it breaks: so also when that is killed.
 """
@@ -28,6 +28,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,14 +50,14 @@ class Unavailable(Exception):
     """A server could not be had; the message says why."""
 
 
-def find_postgres(started: list[EmbeddedPostgres]) -> Found:
+def find_postgres(started: list[OwnServer]) -> Found:
     """Look for PostgreSQL, or start one and append it to `started`, for the caller to stop."""
     if not (_importable("psycopg") or _importable("psycopg2")):
         return Found(None, "neither psycopg nor psycopg2 is installed")
     url = os.environ.get("PARALLEL_ORM_POSTGRES_URL")
     if url:
         return _checked("PARALLEL_ORM_POSTGRES_URL", _settings_of(url), _ask_postgres)
-    server = EmbeddedPostgres()
+    server = OwnServer("postgres")
     try:
         settings = server.start()
     except (Unavailable, OSError) as error:
@@ -65,7 +67,7 @@ def find_postgres(started: list[EmbeddedPostgres]) -> Found:
 
 
 def find_mariadb() -> Found:
-    """Look for MariaDB or MySQL; none is ever started."""
+    """Look for MariaDB or MySQL; none is started for a whole run."""
     if not (_importable("MySQLdb") or _importable("pymysql")):
         return Found(None, "neither mysqlclient nor PyMySQL is installed")
     url = os.environ.get("PARALLEL_ORM_MARIADB_URL")
@@ -146,33 +148,36 @@ def _ask_mariadb(settings: dict[str, Any]) -> str:
     return f"{version} ({driver.__name__} {number})"
 
 
-class EmbeddedPostgres:
-    """A real PostgreSQL for one run, gone with the process that started it."""
+class OwnServer:
+    """A real server, ``"postgres"`` or ``"mariadb"``, gone with the process that started it."""
 
-    def __init__(self) -> None:
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
         self._supervisor: subprocess.Popen[str] | None = None
 
     def start(self) -> dict[str, Any]:
         """Return the settings by which Django reaches the server, or raise `Unavailable`."""
-        binaries = _postgres_binaries()
         self._supervisor = subprocess.Popen(
-            [sys.executable, str(Path(__file__).resolve()), str(binaries)],
+            [sys.executable, str(Path(__file__).resolve()), self.kind],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             # Ctrl-C at the terminal is for pytest, whose end then is ours.
             start_new_session=True,
         )
-        assert self._supervisor.stdout is not None
-        answer = self._supervisor.stdout.readline()
-        if not answer:
-            self.stop()
-            raise Unavailable("PostgreSQL's supervisor died before the server was ready")
-        said: dict[str, Any] = json.loads(answer)
-        if "error" in said:
-            self.stop()
-            raise Unavailable(said["error"])
-        return said
+        return self._answer()
+
+    def pause(self) -> None:
+        """Stop the server as its administrator would: sessions are ended, and nothing listens any more."""
+        self._tell("pause")
+
+    def resume(self) -> None:
+        """Run it again, on the same port, with the same databases; harmless if it runs."""
+        self._tell("resume")
+
+    def restart(self) -> None:
+        self.pause()
+        self.resume()
 
     def stop(self) -> None:
         """Stop the server and remove its files; harmless if there is none."""
@@ -190,6 +195,23 @@ class EmbeddedPostgres:
             supervisor.kill()
             supervisor.wait()
         supervisor.stdout.close()
+
+    def _tell(self, command: str) -> None:
+        assert self._supervisor is not None
+        assert self._supervisor.stdin is not None
+        self._supervisor.stdin.write(f"{command}\n")
+        self._supervisor.stdin.flush()
+        self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._supervisor is not None
+        assert self._supervisor.stdout is not None
+        answer = self._supervisor.stdout.readline()
+        said: dict[str, Any] = json.loads(answer) if answer else {"error": f"the supervisor of {self.kind} died"}
+        if "error" in said:
+            self.stop()
+            raise Unavailable(said["error"])
+        return said
 
 
 def _postgres_binaries() -> Path:
@@ -217,43 +239,105 @@ def _postgres_binaries() -> Path:
 # --- The supervisor -------------------------------------------------------------
 
 
-def _supervise(binaries: Path) -> None:
-    """Run a server until standard input ends. Says on standard output how to reach it."""
+def _supervise(kind: str) -> None:
+    """Run a server until standard input ends. Says on standard output how to reach it, and when it has done what it is
+    told there.
+    """
     woken, wake = os.pipe()
     signal.signal(signal.SIGTERM, lambda *_: os.write(wake, b"."))
-    folder = Path(tempfile.mkdtemp(prefix="parallel-orm-postgres-"))
-    server: subprocess.Popen[bytes] | None = None
+    folder = Path(tempfile.mkdtemp(prefix=f"parallel-orm-{kind}-"))
+    server: Server | None = None
     try:
-        try:
-            server, settings = _start_server(binaries, folder)
-        except (Unavailable, OSError) as error:
-            print(json.dumps({"error": str(error)}), flush=True)
-            return
-        print(json.dumps(settings), flush=True)
-        select.select([sys.stdin, woken], [], [])
+        server = _postgres(folder) if kind == "postgres" else _mariadb(folder)
+        server.start()
+        said = server.settings
+        while True:
+            print(json.dumps(said), flush=True)
+            command = "" if woken in select.select([sys.stdin, woken], [], [])[0] else sys.stdin.readline().strip()
+            if command == "pause":
+                server.end()
+            elif command == "resume":
+                server.run()
+            else:
+                return
+            said = {}
+    except (Unavailable, OSError) as error:
+        print(json.dumps({"error": str(error)}), flush=True)
     finally:
-        if server is not None and server.poll() is None:
-            server.send_signal(signal.SIGINT)  # "fast": ends sessions, then the server
-            try:
-                server.wait(20)
-            except subprocess.TimeoutExpired:
-                server.send_signal(signal.SIGQUIT)
-                server.wait()
+        if server is not None:
+            server.end()
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _start_server(binaries: Path, folder: Path) -> tuple[subprocess.Popen[bytes], dict[str, Any]]:
+@dataclass
+class Server:
+    """A server in a folder that was made for it."""
+
+    folder: Path
+    settings: dict[str, Any]
+    #: Without the port.
+    command: list[str | Path]
+    #: Tells whether it lets people in.
+    is_ready: Callable[[Server], bool]
+    #: What makes it end its sessions, then itself.
+    ending: signal.Signals
+    #: The process's user and environment.
+    arguments: dict[str, Any]
+    process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Run it for the first time, on a port that nobody has."""
+        for _attempt in range(3):
+            self.settings.update(HOST="127.0.0.1", PORT=_free_port())
+            with suppress(Unavailable):  # perhaps somebody else took the port
+                self.run()
+                return
+        self.run()
+
+    def run(self) -> None:
+        """Run it, if it does not."""
+        if self.process is not None and self.process.poll() is None:
+            return
+        with (self.folder / "log").open("wb") as log:
+            self.process = subprocess.Popen(
+                [*self.command, f"--port={self.settings['PORT']}"],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                cwd=self.folder,
+                **self.arguments,
+            )
+        deadline = time.monotonic() + START_SECONDS
+        while self.process.poll() is None and time.monotonic() < deadline:
+            if self.is_ready(self):
+                return
+            time.sleep(0.02)
+        self.process.kill()
+        self.process.wait()
+        said = (self.folder / "log").read_text(errors="replace")[-2000:].strip()
+        raise Unavailable(f"{Path(self.command[0]).name} did not start: {said}")
+
+    def end(self) -> None:
+        if self.process is None or self.process.poll() is not None:
+            return
+        self.process.send_signal(self.ending)
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.process.send_signal(signal.SIGQUIT)
+            self.process.wait()
+
+
+def _postgres(folder: Path) -> Server:
+    """Make a PostgreSQL, to be run."""
+    binaries = _postgres_binaries()
     user: dict[str, Any] = {}
     if os.geteuid() == 0:
         # PostgreSQL refuses to run as root. It gets a copy of the binaries that
         # another user can surely read, rather than wider rights on the folders
         # above them: a virtual environment may be below /root.
-        import pwd
-
-        nobody = pwd.getpwnam("nobody")
-        user = {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": []}
+        user = _owning(folder, "nobody")
         binaries = _copied(binaries, folder / "install")
-        os.chown(folder, nobody.pw_uid, nobody.pw_gid)
     # The locale's variables would choose the language of messages and the sort order.
     environment = {key: value for key, value in os.environ.items() if not key.startswith("LC_")}
     environment.update(LC_ALL="C", HOME=str(folder), PGTZ="UTC")
@@ -261,7 +345,8 @@ def _start_server(binaries: Path, folder: Path) -> tuple[subprocess.Popen[bytes]
     (folder / "password").write_text(password)
     (folder / "password").chmod(0o644)  # the folder itself is closed to others
     data = folder / "data"
-    made = subprocess.run(
+    arguments = {"env": environment, **user}
+    _prepare(
         [
             binaries / "initdb",
             "--no-sync",
@@ -272,28 +357,70 @@ def _start_server(binaries: Path, folder: Path) -> tuple[subprocess.Popen[bytes]
             "--locale=C",
             f"--pgdata={data}",
         ],
-        check=False,
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        env=environment,
-        **user,
+        folder,
+        arguments,
     )
+    options = {
+        "listen_addresses": "127.0.0.1",
+        "unix_socket_directories": "",
+        "max_connections": 200,
+        "max_prepared_transactions": 20,
+        "shared_buffers": "64MB",
+        # Data of a run that is thrown away need not survive a crash of the machine.
+        "fsync": "off",
+        "synchronous_commit": "off",
+        "full_page_writes": "off",
+    }
+    command: list[str | Path] = [binaries / "postgres", "-D", data]
+    command += [f"--{name}={value}" for name, value in options.items()]
+    settings = {"ENGINE": "django.db.backends.postgresql", "USER": "postgres", "PASSWORD": password}
+    status = data / "postmaster.pid"
+
+    def is_ready(_: Server) -> bool:
+        return status.exists() and "ready" in status.read_text(errors="replace")
+
+    return Server(folder, settings, command, is_ready, signal.SIGINT, arguments)
+
+
+def _mariadb(folder: Path) -> Server:
+    """Make a MariaDB, to be run."""
+    server, install = shutil.which("mariadbd"), shutil.which("mariadb-install-db")
+    if server is None or install is None:
+        raise Unavailable("no MariaDB server is installed here")
+    arguments = _owning(folder, "mysql") if os.geteuid() == 0 else {}
+    data = f"--datadir={folder / 'data'}"
+    _prepare(
+        [install, "--no-defaults", data, "--auth-root-authentication-method=normal", "--skip-test-db"],
+        folder,
+        arguments,
+    )
+    options = ["--bind-address=127.0.0.1", f"--socket={folder / 'socket'}", "--innodb-flush-log-at-trx-commit=0"]
+    settings = {"ENGINE": "django.db.backends.mysql", "USER": "root", "OPTIONS": {"charset": "utf8mb4"}}
+
+    def is_ready(server: Server) -> bool:
+        with suppress(OSError), socket.create_connection(("127.0.0.1", server.settings["PORT"]), 1) as greeted:
+            return bool(greeted.recv(1))
+        return False
+
+    return Server(folder, settings, [server, "--no-defaults", data, *options], is_ready, signal.SIGTERM, arguments)
+
+
+def _prepare(command: list[str | Path], folder: Path, arguments: dict[str, Any]) -> None:
+    made = subprocess.run(command, check=False, capture_output=True, text=True, cwd=folder, **arguments)
     if made.returncode:
-        raise Unavailable(f"initdb failed: {made.stderr.strip() or made.stdout.strip()}")
-    for _attempt in range(3):
-        port = _free_port()
-        server = _run_server(binaries, data, port, folder, environment, user)
-        if server is not None:
-            return server, {
-                "ENGINE": "django.db.backends.postgresql",
-                "HOST": "127.0.0.1",
-                "PORT": port,
-                "USER": "postgres",
-                "PASSWORD": password,
-            }
-    log = (folder / "log").read_text(errors="replace")
-    raise Unavailable(f"PostgreSQL did not start: {log[-2000:].strip()}")
+        raise Unavailable(f"{Path(command[0]).name} failed: {made.stderr.strip() or made.stdout.strip()}")
+
+
+def _owning(folder: Path, name: str) -> dict[str, Any]:
+    """Give the folder to a user, and return what makes a process run as that one."""
+    import pwd
+
+    try:
+        user = pwd.getpwnam(name)
+    except KeyError:
+        raise Unavailable(f"there is no user {name!r} for the server to run as") from None
+    os.chown(folder, user.pw_uid, user.pw_gid)
+    return {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
 
 
 def _copied(binaries: Path, to: Path) -> Path:
@@ -307,53 +434,6 @@ def _copied(binaries: Path, to: Path) -> Path:
     return copy / binaries.name
 
 
-def _run_server(
-    binaries: Path,
-    data: Path,
-    port: int,
-    folder: Path,
-    environment: dict[str, str],
-    user: dict[str, Any],
-) -> subprocess.Popen[bytes] | None:
-    """Start the server; None if it ended by itself (somebody else took the port)."""
-    options = {
-        "listen_addresses": "127.0.0.1",
-        "port": port,
-        "unix_socket_directories": "",
-        "max_connections": 200,
-        "max_prepared_transactions": 20,
-        "shared_buffers": "64MB",
-        # Data of a run that is thrown away need not survive a crash of the machine.
-        "fsync": "off",
-        "synchronous_commit": "off",
-        "full_page_writes": "off",
-    }
-    command: list[str | Path] = [binaries / "postgres", "-D", data]
-    for name, value in options.items():
-        command += ["-c", f"{name}={value}"]
-    with (folder / "log").open("wb") as log:
-        server = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            cwd=folder,
-            env=environment,
-            **user,
-        )
-    deadline = time.monotonic() + START_SECONDS
-    status = data / "postmaster.pid"
-    while time.monotonic() < deadline:
-        if server.poll() is not None:
-            return None
-        if status.exists() and "ready" in status.read_text(errors="replace"):
-            return server
-        time.sleep(0.02)
-    server.kill()
-    server.wait()
-    return None
-
-
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -362,4 +442,4 @@ def _free_port() -> int:
 
 
 if __name__ == "__main__":
-    _supervise(Path(sys.argv[1]))
+    _supervise(sys.argv[1])
