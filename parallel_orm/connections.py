@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import select
 import sys
 import threading
 from collections import Counter, defaultdict
@@ -55,7 +56,6 @@ class Lender:
         self._sweeper: threading.Timer | None = None
         self._pid = os.getpid()
         self._keepsakes: list[object] = []
-        #: Of each thread: whether the connection that it has was open before.
         self._lent = threading.local()
         #: How many of each alias are lent now.
         self._out: Counter[str] = Counter()
@@ -80,9 +80,6 @@ class Lender:
                 wrapper = self._take(alias, session.lasting)
                 connections[alias] = wrapper
                 try:
-                    if session.ends_with_transaction and wrapper.connection is not None and not wrapper.is_usable():
-                        close_quietly(wrapper)
-                    self._lent.reused = wrapper.connection is not None and not session.ends_with_transaction
                     with nullcontext() if session is NOTHING else session.restored(wrapper, reading=reading):
                         watch_of(wrapper).given = session
                         yield wrapper
@@ -110,15 +107,6 @@ class Lender:
         """Tell whether whoever asks for one now would have to wait."""
         number = from_settings().connections_of(alias)
         return 0 < number <= self._out[alias]
-
-    def renew(self, alias: str) -> bool:
-        """Close the lent connection if it was idle before and has died since; tell whether it was so."""
-        wrapper = connections[alias]
-        if not self._lent.reused or wrapper.connection is None or wrapper.is_usable():
-            return False
-        close_quietly(wrapper)
-        self._lent.reused = False
-        return True
 
     def close_idle(self, if_: Callable[[Idle], bool] = lambda idle: True) -> None:
         """Close the idle connections of which this is so; by default all."""
@@ -181,7 +169,7 @@ class Lender:
             wrapper.health_check_done = False  # type: ignore[attr-defined]
             if wrapper.settings_dict.get("CONN_MAX_AGE") != 0:
                 wrapper.close_if_unusable_or_obsolete()
-            if wrapper.connection is not None and found.settings == _fixed(connections.settings[alias]):
+            if found.settings == _fixed(connections.settings[alias]) and not has_died(wrapper):
                 return wrapper
             wrapper.close()
             with self._lock:
@@ -239,6 +227,33 @@ def _fixed(settings: dict[str, Any]) -> dict[str, Any]:
     fixed = settings.copy()
     fixed.pop("SCHEMA", None)
     return fixed
+
+
+def has_died(wrapper: BaseDatabaseWrapper) -> bool:
+    """Tell whether a connection that was idle is closed, or was ended by its server meanwhile.
+
+    What a server says without having been asked is its farewell, as a rule: so it is asked only where there is
+    something to be read, or where a driver does not show. What dies after this look died under a query, which fails as
+    it would inline; it is not made again, as nobody knows how far it went.
+    """
+    connection: Any = wrapper.connection
+    if connection is None:
+        return True
+    if wrapper.vendor == "sqlite":
+        return False
+    with suppress(Exception):
+        # PyMySQL keeps its socket to itself.
+        if not _has_something_to_read(connection if hasattr(connection, "fileno") else connection._sock):
+            return False
+    return not wrapper.is_usable()
+
+
+def _has_something_to_read(socket: Any) -> bool:
+    if not hasattr(select, "poll"):
+        return bool(select.select([socket], [], [], 0)[0])
+    poll = select.poll()  # which, as select() does not, takes files of any number
+    poll.register(socket, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def interrupt(wrapper: BaseDatabaseWrapper) -> None:

@@ -334,7 +334,7 @@ class Read:
         watch.log = here.log = self._said
         token = running.set(self)
         try:
-            return task.run_lent()
+            return task.run()
         finally:
             running.reset(token)
             here.log = outer

@@ -153,23 +153,13 @@ class Task:
             return Outcome(chunk, error=error, timings=clock.timings, worker=worker)
         return Outcome(chunk, value, rows=number, rest=rest, timings=clock.timings, worker=worker)
 
-    def run_lent(self) -> Outcome:
-        """Do it here and now, on connections that are lent for it; once more where one had died while it was idle.
-
-        Only what has not reached the user's function is done again.
-        """
-        outcome = self.run()
-        if outcome.error is not None and not outcome.timings.function and lender.renew(self.chunk.alias):
-            outcome = self.run()
-        return outcome
-
     def run_in_thread(self) -> Outcome:
         """Do it in another thread than the caller's: in a copy of the caller's context, on a lent connection."""
         return self.job.capsule.run(self._run_on_lent_connection)
 
     def _run_on_lent_connection(self) -> Outcome:
         with as_worker(), lender.lent(self.chunk.alias, self.job.session):
-            return self.run_lent()
+            return self.run()
 
 
 _parcel_numbers = count()
@@ -251,7 +241,7 @@ def run_parcel(parcel: Parcel, chunk: Chunk) -> Outcome:
 def _run_in_process(job: Job, chunk: Chunk) -> Outcome:
     with as_worker(), lender.lent(chunk.alias, job.session):
         # Packed within: a result may be a queryset, which asks the database when it is pickled.
-        return Task(job, chunk).run_lent().packed(name_of(job.work))
+        return Task(job, chunk).run().packed(name_of(job.work))
 
 
 def name_of(work: Work) -> str:
