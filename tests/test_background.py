@@ -24,6 +24,7 @@ from django.db.models.functions import TruncDate
 from django.db.transaction import TransactionManagementError
 from django.template import Context, Engine
 from django.test import TestCase, TransactionTestCase, override_settings
+from django.test.testcases import DatabaseOperationForbidden
 from django.test.utils import CaptureQueriesContext
 from django.utils import timezone, translation
 
@@ -599,6 +600,19 @@ class InATestCase(TestCase):
         with transaction.atomic():
             started = Article.objects.start_count()
         assert (started.count(), started.background["count"].reason) == (1, "transaction")
+
+
+    def test_a_database_that_the_test_does_not_name(self):
+        """What Django forbids inline is forbidden in the background and in a map, and reads from no real database."""
+        others = Article.objects.using("other")
+        for use in (
+            lambda: list(others.all().start_fetch()),
+            lambda: others.all().start_count().count(),
+            lambda: others.start_first().result(),
+            lambda: others.parallel_map(id, threads=2),
+        ):
+            with pytest.raises(DatabaseOperationForbidden, match="queries to 'other' are not allowed"):
+                use()
 
 
 class InATransactionTestCase(TransactionTestCase):
