@@ -46,11 +46,7 @@ class Chunk:
             return queryset.filter(pk__in=self.keys)
         if keyset is None:
             return queryset
-        narrowed = keyset.order(queryset)
-        if self.after is not None:
-            narrowed = narrowed.filter(keyset.after(self.after))
-        if self.until is not None:
-            narrowed = narrowed.filter(keyset.until(self.until))
+        narrowed = keyset.order(queryset).filter(keyset.between(self.after, self.until))
         return narrowed if self.limit is None else narrowed[: self.limit]
 
     def rest(self, last: Key) -> Chunk | None:

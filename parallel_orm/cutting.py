@@ -20,28 +20,35 @@ def whole(alias: str) -> Chunk:
     return Chunk(index=0, alias=alias)
 
 
-def by_jumps(alias: str, last: Key, size: int, jump: Callable[[Key | None, int], Key | None]) -> Iterator[Chunk]:
-    """Cut lazily into half-open intervals of about ``size`` rows, up to the key ``last``, frozen when planned.
+def by_jumps(
+    alias: str, ends: Sequence[Key], size: int, jump: Callable[[Key | None, Key, int], Key | None]
+) -> Iterator[Chunk]:
+    """Cut lazily into half-open intervals of about ``size`` rows, up to the last of ``ends``, frozen when planned.
 
-    ``jump(after, size)`` returns the key of the row ``size`` rows behind the key ``after``, or None where fewer are
-    left. The first interval is open below, so rows that come in ahead of the first key are not lost; nothing behind
-    ``last`` is ever asked for, so a consumer that inserts rows cannot make this endless. Equal keys never part: an
-    interval ends on a key and the next one begins behind it.
+    ``jump(after, last, size)`` returns the key of the row ``size`` rows behind the key ``after``, or None where fewer
+    are left up to ``last``. The first interval is open below, so rows that come in ahead of the first key are not lost;
+    nothing behind the last end is ever asked for, so a consumer that inserts rows cannot make this endless. Equal keys
+    never part: an interval ends on a key and the next one begins behind it. Each of ``ends`` is the end of an interval.
     """
     after: Key | None = None
     index = 0
-    while (until := jump(after, size)) is not None and until != last:
-        yield Chunk(index=index, alias=alias, after=after, until=until)
-        after, index = until, index + 1
-    yield Chunk(index=index, alias=alias, after=after, until=last)
+    for last in ends:
+        while (until := jump(after, last, size)) is not None and until != last:
+            yield Chunk(index=index, alias=alias, after=after, until=until)
+            after, index = until, index + 1
+        yield Chunk(index=index, alias=alias, after=after, until=last)
+        after, index = last, index + 1
 
 
-def by_pages(alias: str, last: Key, size: int) -> Iterator[Chunk]:
-    """Cut nothing ahead: one interval with a limit of ``size`` rows, which hands back its rest after each page.
+def by_pages(alias: str, ends: Sequence[Key], size: int) -> Iterator[Chunk]:
+    """Cut nothing ahead: intervals with a limit of ``size`` rows, each of which hands back its rest after a page.
 
     A page needs no look-up of its own for its bounds: the key of its last row is where the rest begins.
     """
-    yield Chunk(index=0, alias=alias, until=last, limit=size)
+    after: Key | None = None
+    for index, last in enumerate(ends):
+        yield Chunk(index=index, alias=alias, after=after, until=last, limit=size)
+        after = last
 
 
 def by_keys(alias: str, keys: Sequence[Any], size: int) -> Iterator[Chunk]:

@@ -1,8 +1,8 @@
-"""What becomes of the outcomes: one value, one list, a stream. The first error ends it."""
+"""What becomes of the outcomes: one list. The first error ends it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 from parallel_orm.dispatch import Window
@@ -19,13 +19,3 @@ def listed(outcomes: Iterable[Outcome], window: Window, *, ordered: bool) -> lis
     for index in sorted(values) if ordered else list(values):
         joined += values.pop(index)
     return joined
-
-
-def streamed(outcomes: Iterable[Outcome], window: Window) -> Iterator[Any]:
-    """Yield the rows of one chunk after the other, as the chunks come in."""
-    for outcome in outcomes:
-        rows = outcome.result()
-        del outcome
-        yield from rows
-        del rows  # before the next ones are made
-        window.release()

@@ -14,15 +14,15 @@ from django.db import connections
 from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.models import Aggregate, Model, QuerySet
 from django.db.models.expressions import Col, RawSQL
-from django.db.models.query import FlatValuesListIterable, NamedValuesListIterable, ValuesIterable, ValuesListIterable
 from django.db.models.sql import Query
 from django.db.models.sql.constants import INNER
 from django.utils.connection import ConnectionDoesNotExist
 
 from parallel_orm import errors
 from parallel_orm.bonds import FREE, Bonds
-from parallel_orm.keyset import parts
+from parallel_orm.identity import are_instances_of_one_table, fields_of, identity_of
 from parallel_orm.options import from_settings
+from parallel_orm.ordering import parts
 from parallel_orm.session import NOTHING, Session
 from parallel_orm.statements import Bond
 from parallel_orm.task import in_worker
@@ -144,7 +144,7 @@ WINDOW = (
 
 
 def refuse_uncuttable(verb: str, queryset: Rows) -> None:
-    """Refuse a queryset whose rows cannot be told apart by primary key, with the way out."""
+    """Refuse a queryset whose rows cannot be told apart by their columns, with the way out."""
     query = queryset.query
     problem = _why_uncuttable(queryset.model, query, queryset)
     if problem is not None:
@@ -153,22 +153,14 @@ def refuse_uncuttable(verb: str, queryset: Rows) -> None:
 
 def _why_uncuttable(model: type[Model], query: Query, queryset: Rows) -> tuple[str, str] | None:
     if query.combinator:
+        if are_instances_of_one_table(query):
+            return None
         return (
-            f"its rows are those of a {query.combinator}, and belong to no one table",
+            f"its rows are those of a {query.combinator}, and no whole instances of one model",
             "Give the querysets one by one, or filter with Q objects and | instead.",
-        )
-    if query.distinct_fields:
-        return (
-            "distinct(*fields) keeps one row of several, which one depends on all",
-            "Select the primary keys first and filter by them: Model.objects.filter(pk__in=queryset.values('pk')).",
         )
     if any(annotation.contains_over_clause for annotation in query.annotations.values()):
         return WINDOW
-    if isinstance(query.group_by, tuple) and not any(_is_primary_key(query, column) for column in query.group_by):
-        return (
-            "its rows are groups, which a chunk would cut in two",
-            "Loop over iterator(), or group by the primary key.",
-        )
     meta = model._meta
     names = {"pk", meta.pk.name, meta.pk.attname}
     if taken := names.intersection([*query.annotations, *query.extra]):
@@ -179,6 +171,8 @@ def _why_uncuttable(model: type[Model], query: Query, queryset: Rows) -> tuple[s
     joins = joins_of(queryset)
     if joins.sees_many:
         return WINDOW
+    if identity_of(queryset):
+        return None
     if query.distinct and len(meta.pk_fields) > 1:
         return (
             "distinct() over a primary key of several columns cannot be ordered by them (a limit of Django)",
@@ -189,33 +183,7 @@ def _why_uncuttable(model: type[Model], query: Query, queryset: Rows) -> tuple[s
             "it is ordered by something that a row has many of, so that rows come several times in its order",
             "Order by columns of the row itself, or by an aggregate of the many.",
         )
-    if query.distinct and not selects_primary_key(queryset):
-        return (
-            "distinct() compares rows without their primary key, and equal ones may stand in two chunks",
-            "Select the primary key too, or loop over iterator().",
-        )
     return None
-
-
-def _is_primary_key(query: Query, column: Any) -> bool:
-    # Of the model's own table: a join may bring the same column of another row.
-    return isinstance(column, Col) and column.alias == query.base_table and bool(column.target.primary_key)
-
-
-def selects_primary_key(queryset: Rows) -> bool:
-    """Tell whether each row brings its primary key: instances always do, dicts and tuples where it was asked for."""
-    values = (ValuesIterable, ValuesListIterable, NamedValuesListIterable, FlatValuesListIterable)
-    if not issubclass(queryset._iterable_class, values):
-        return True
-    fields = fields_of(queryset) or tuple(queryset.query.values_select)
-    names = {"pk", queryset.model._meta.pk.name, queryset.model._meta.pk.attname}
-    return not fields or bool(names.intersection(field for field in fields if isinstance(field, str)))
-
-
-def fields_of(queryset: Rows) -> tuple[Any, ...] | None:
-    """Return what ``values()`` or ``values_list()`` was given; None where rows are instances."""
-    fields: tuple[Any, ...] | None = queryset._fields  # type: ignore[attr-defined]
-    return fields
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,8 @@
     one chunk            counts, existence, background fetches: any queryset, as it is
     pages                a walk whose rows tell their own key: a LIMIT each, the rest follows
     ranges               the default: half-open intervals between keys found by keyset jumps, lazily
-    keys                 slices, and maps in an order other than the primary key's: a list of primary keys
+    keys                 slices, unions, orders that are no keyset, and maps in an order other than the primary key's:
+                         a list of primary keys
 
 What cannot be cut truthfully is refused in ``guards``.
 """
@@ -18,21 +19,16 @@ from typing import Any, Literal
 
 from django.db.models import QuerySet
 from django.db.models.expressions import CombinedExpression, Func, RawSQL, Value
-from django.db.models.query import FlatValuesListIterable, ModelIterable, ValuesIterable, ValuesListIterable
+from django.db.models.query import FlatValuesListIterable, ModelIterable, ValuesIterable
+from django.db.models.sql import Query
 
 from parallel_orm import cutting, errors, guards
 from parallel_orm.chunks import Chunk
-from parallel_orm.keyset import (
-    Key,
-    Keyset,
-    NotAKeyset,
-    effective_ordering,
-    is_random,
-    keyset_of,
-    parts,
-    primary_key,
-)
+from parallel_orm.identity import VALUES, column_name, fields_of, identity_of
+from parallel_orm.keyset import Key, Keyset, carried, primary_key
 from parallel_orm.options import MAP_CHUNK_SIZE, WALK_CHUNK_SIZE, Options
+from parallel_orm.ordering import NotAKeyset, effective_ordering, is_random, keyset_of, parts
+from parallel_orm.rows import is_kept_as_it_is
 from parallel_orm.session import NOTHING, Session
 from parallel_orm.task import Job, Task, Work, at
 
@@ -76,42 +72,44 @@ class Plan:
         if self.cut == "keys":
             most = guards.most_keys(guards.connection_for(self.alias)) or self.chunk_size
             yield from cutting.by_keys(self.alias, self._list_keys(), min(self.chunk_size, most))
-        elif (last := self._last_key()) is None:
-            return
         elif self.cut == "pages":
-            yield from cutting.by_pages(self.alias, last, self.chunk_size)
+            yield from cutting.by_pages(self.alias, self._ends(), self.chunk_size)
         else:
-            yield from cutting.by_jumps(self.alias, last, self.chunk_size, self._jumper(last))
+            yield from cutting.by_jumps(self.alias, self._ends(), self.chunk_size, self._jump)
 
     def count(self) -> int:
         """Count the rows, for a progress bar. One query."""
         return bare(self.source if self.source is not None else self.queryset, self.alias).count()
 
-    def _keys(self, keyset: Keyset) -> Rows:
-        return keyset.order(bare(self.queryset, self.alias)).values_list(*keyset.paths)
+    def _keys(self, keyset: Keyset) -> Any:
+        return keyset.keys_of(bare(self.queryset, self.alias))
 
-    def _last_key(self) -> Key | None:
+    def _ends(self) -> list[Key]:
+        """Return the last key; before it the last one on the hither side of the NULLs, where a column may have them.
+
+        A condition on both sides would be no range of an index.
+        """
         assert self.keyset is not None
-        return next(iter(self._keys(self.keyset.reversed())[:1]), None)
+        backwards, first = self._keys(self.keyset.reversed()), self.keyset.terms[0]
+        ends = [carried(key) for key in backwards[:1]]
+        if ends and first.nullable and (ends[0][0] is None) is first.nulls_last:
+            nearer = backwards.filter(**{f"{first.path}__isnull": not first.nulls_last})
+            ends = [*(carried(key) for key in nearer[:1]), *ends]
+        return ends
 
-    def _jumper(self, last: Key) -> Callable[[Key | None, int], Key | None]:
+    def _jump(self, after: Key | None, last: Key, size: int) -> Key | None:
         keyset = self.keyset
         assert keyset is not None
-        keys = self._keys(keyset).filter(keyset.until(last))
-
-        def jump(after: Key | None, size: int) -> Key | None:
-            ahead = keys if after is None else keys.filter(keyset.after(after))
-            key = next(iter(ahead[size - 1 : size]), None)
-            if key is not None and key == after:  # it would be found for ever
-                raise errors.unsupported(
-                    self.verb,
-                    self.queryset.model._meta.label,
-                    f"the key {key!r} does not come back from the database as it is there",
-                    "Order by other columns, or take order_by('pk').",
-                )
-            return key
-
-        return jump
+        ahead = self._keys(keyset).filter(keyset.between(after, last))
+        key = next((carried(key) for key in ahead[size - 1 : size]), None)
+        if key is not None and key == after:  # it would be found for ever
+            raise errors.unsupported(
+                self.verb,
+                self.queryset.model._meta.label,
+                f"the key {key!r} does not come back from the database as it is there",
+                "Order by other columns, or take order_by('pk').",
+            )
+        return key
 
     def _list_keys(self) -> Sequence[Any]:
         assert self.source is not None
@@ -139,6 +137,7 @@ class Plan:
 def bare(queryset: Rows, alias: str) -> Rows:
     """Return Django's own queryset of the same rows: for keys nobody's overrides, instances or prefetches matter."""
     query = queryset.query.chain()
+    query.select_related = False
     query.select_for_update = False  # its of=(...) names what keys have not; the rows themselves are locked
     return QuerySet(queryset.model, query=query, using=alias)
 
@@ -162,28 +161,31 @@ def plan_whole(queryset: Rows, work: Work) -> Task:
     return Task(Job(at(queryset, alias), work), cutting.whole(alias))
 
 
-def plan_walk(queryset: Rows, options: Options) -> Plan:
+def plan_walk(queryset: Rows, options: Options, verb: str = "chunked_iterator") -> Plan:
     """Plan a walk: one chunk after the other, on the caller's connection, in the order of the queryset."""
-    verb, size = "chunked_iterator", options.rows_per_chunk(WALK_CHUNK_SIZE)
+    size = options.rows_per_chunk(WALK_CHUNK_SIZE)
     guards.connection_for(queryset.db)
     queryset = at(queryset, queryset.db)
     guards.refuse_uncuttable(verb, queryset)
-    if queryset.query.is_sliced:
-        return _keys_plan(verb, queryset, size, "a slice has a fixed set of rows")
-    try:
-        keyset = keyset_of(queryset)
-    except NotAKeyset as problem:
+    if why := _why_keys(queryset):
+        return _keys_plan(verb, queryset, size, why)
+    if any(map(is_random, effective_ordering(queryset.query))):
         raise errors.unsupported(
             verb,
             queryset.model._meta.label,
-            f"it cannot be walked in its own order, {problem}",
-            "Order by columns, or by the name of an annotate(), or take order_by('pk').",
-        ) from problem
-    if keyset.is_primary_key and not guards.joins_of(queryset).repeat_rows:
-        key_of = key_reader(queryset)
-        if key_of is not None:
-            why = "rows tell their own primary key, so a page needs no look-up for its bounds"
-            return Plan(queryset.all(), "pages", why, size, keyset, key_of, alias=queryset.db, verb=verb)
+            'order_by("?") is another order each time',
+            "Take order_by('pk'), or a slice of it, whose keys are listed once.",
+        )
+    try:
+        keyset = keyset_of(queryset)
+    except NotAKeyset as problem:
+        if identity_of(queryset):
+            raise no_keyset(verb, queryset, problem) from problem
+        return _keys_plan(verb, queryset, size, f"its order cannot be compared column by column: {problem}")
+    key_of = key_reader(queryset, keyset)
+    if key_of is not None and (identity_of(queryset) or not guards.joins_of(queryset).repeat_rows):
+        why = "rows tell their own key, so a page needs no look-up for its bounds"
+        return Plan(queryset.all(), "pages", why, size, keyset, key_of, alias=queryset.db, verb=verb)
     why = "keyset jumps find the bounds, in the order of the queryset"
     return Plan(queryset.all(), "ranges", why, size, keyset, alias=queryset.db, verb=verb)
 
@@ -196,8 +198,10 @@ def plan_map(verb: str, queryset: Rows, options: Options) -> Plan:
     inline, session = guards.where_to_map(verb, queryset)
     guards.refuse_locks(verb, queryset)
     guards.refuse_uncuttable(verb, queryset)
-    if queryset.query.is_sliced:
-        return _keys_plan(verb, queryset, size, "a slice has a fixed set of rows", inline, session)
+    if why := _why_keys(queryset):
+        return _keys_plan(verb, queryset, size, why, inline, session)
+    if identity_of(queryset):
+        return _plan_map_of_own_rows(verb, queryset, size, inline, session)
     by_key = primary_key(queryset.model)
     if options.ordered or guards.drops_rows(queryset):
         try:
@@ -215,14 +219,49 @@ def plan_map(verb: str, queryset: Rows, options: Options) -> Plan:
     )
 
 
+def _plan_map_of_own_rows(verb: str, queryset: Rows, size: int, inline: str | None, session: Session) -> Plan:
+    """Plan a map over rows that are none of the model's: groups, or what a ``distinct()`` has made one."""
+    if any(map(is_random, effective_ordering(queryset.query))):
+        queryset = queryset.order_by()
+    try:
+        keyset = keyset_of(queryset)
+    except NotAKeyset as problem:
+        raise no_keyset(verb, queryset, problem) from problem
+    why = "keyset jumps along the columns that tell its rows apart, in the order of the queryset"
+    alias = queryset.db
+    return Plan(queryset.all(), "ranges", why, size, keyset, inline=inline, session=session, alias=alias, verb=verb)
+
+
+def _why_keys(queryset: Rows) -> str | None:
+    """Return why a queryset has a set of rows that no condition on their columns would narrow, or None."""
+    if queryset.query.is_sliced:
+        return "a slice has a fixed set of rows"
+    if queryset.query.combinator:
+        return f"the rows of a {queryset.query.combinator} are known by their primary keys alone"
+    return None
+
+
+def no_keyset(verb: str, queryset: Rows, problem: NotAKeyset) -> errors.UnsupportedQuerySet:
+    return errors.unsupported(
+        verb,
+        queryset.model._meta.label,
+        f"its rows are groups, or distinct by other columns than their primary key, and {problem}",
+        "Order by the columns that tell them apart, or loop over iterator().",
+    )
+
+
 def _keys_plan(
     verb: str, queryset: Rows, size: int, why: str, inline: str | None = None, session: Session = NOTHING
 ) -> Plan:
     """Plan by a list of the primary keys, in the order of the queryset, which each chunk repeats for its part."""
     source, part = queryset.all(), queryset.all()
+    if queryset.query.combinator:
+        part.query = _of_the_table(queryset.query)
     part.query.clear_limits()
-    may_repeat = guards.joins_of(queryset).repeat_rows
-    if may_repeat and queryset.query.is_sliced:  # which may end between two appearances of one row
+    may_repeat = bool(queryset.query.combinator) or guards.joins_of(queryset).repeat_rows
+    if (
+        may_repeat and queryset.query.is_sliced and not queryset.query.combinator
+    ):  # which may end between two appearances of one row
         raise repeated_rows(verb, queryset)
     if not part.query.extra_order_by:
         ordering = _orders(part.query)
@@ -247,6 +286,15 @@ def _keys_plan(
     )
 
 
+def _of_the_table(combined: Query) -> Query:
+    """Return the query of all rows of the table, in the order of a union of some, and with what comes with them."""
+    query = Query(combined.model)
+    query.order_by, query.standard_ordering = combined.order_by, combined.standard_ordering
+    query.default_ordering = False
+    query.select_related, query.deferred_loading = combined.select_related, combined.deferred_loading
+    return query
+
+
 def _is_constant(query: Any, item: Any) -> bool:
     """Tell whether an order is by an annotation without columns, which the list of keys could not refer to."""
     item = getattr(item, "expression", item)
@@ -266,53 +314,70 @@ def repeated_rows(verb: str, queryset: Rows) -> errors.UnsupportedQuerySet:
     return errors.unsupported(
         verb,
         queryset.model._meta.label,
-        "a join gives the same row several times, and a list of primary keys cannot tell its appearances apart",
-        "Use distinct(), or order by pk and drop the slice.",
+        "it gives the same row several times, and a list of primary keys cannot tell its appearances apart",
+        "Use distinct(), or a union() without all=True, or order by pk and drop the slice.",
     )
 
 
-def key_reader(queryset: Rows) -> Callable[[Any], Key] | None:
-    """Return how to read the primary key of a row, or None where rows do not bring it."""
-    meta = queryset.model._meta
-    if len(meta.pk_fields) > 1 or type(queryset).__iter__ is not QuerySet.__iter__:
+def key_reader(queryset: Rows, keyset: Keyset) -> Callable[[Any], Key] | None:
+    """Return how to read the key of a row, or None where rows do not bring it as the database has it."""
+    query, model = queryset.query, queryset.model
+    if type(queryset).__iter__ is not QuerySet.__iter__ or query.extra_select:
         return None
-    if queryset.query.extra_select or any(map(_may_return_sets, queryset.query.annotation_select.values())):
+    if any(map(_may_return_sets, query.annotation_select.values())):
         return None
     if queryset._iterable_class is ModelIterable:
-        return _key_of_instance
-    fields: tuple[Any, ...] = guards.fields_of(queryset) or tuple(column.attname for column in meta.concrete_fields)
-    for name in ("pk", meta.pk.name, meta.pk.attname):
-        if name in fields:
-            if queryset._iterable_class is ValuesIterable:
-                return _KeyAt(name)
-            if queryset._iterable_class is ValuesListIterable and not queryset.query.extra_select:
-                return _KeyAt(fields.index(name))
-            if queryset._iterable_class is FlatValuesListIterable:
-                return _key_itself
-    return None
+        if keyset.paths == ("pk",):
+            return _KeyOf("pk")
+        if query.deferred_loading[0] or not all(is_kept_as_it_is(queryset, path) for path in keyset.paths):
+            return None
+        return _KeyOf(*keyset.paths)
+    if queryset._iterable_class not in VALUES:
+        return None
+    fields = fields_of(queryset) or tuple(column.attname for column in model._meta.concrete_fields)
+    given = [*fields, *(name for name in query.annotation_select if name not in fields)]
+    known = [column_name(model, name) if isinstance(name, str) else None for name in given]
+    if not all(path in known for path in keyset.paths):
+        return None
+    places = [known.index(path) for path in keyset.paths]
+    kind: Any = queryset._iterable_class
+    if kind is FlatValuesListIterable:
+        return _key_itself if places == [0] else None
+    return _KeyAt(*([given[place] for place in places] if kind is ValuesIterable else places))
 
 
 def _may_return_sets(annotation: Any) -> bool:
     """Tell whether SQL that Django does not know may give the same row several times."""
     return any(
-        type(part) is Func or isinstance(part, RawSQL) or not type(part).__module__.startswith("django.db.models")
+        type(part) is Func
+        or isinstance(part, RawSQL)
+        or getattr(part, "set_returning", False)
+        or not type(part).__module__.startswith("django.db.models")
         for part in parts(annotation)
     )
-
-
-def _key_of_instance(row: Any) -> Key:
-    return (row.pk,)
 
 
 def _key_itself(row: Any) -> Key:
     return (row,)
 
 
+class _KeyOf:
+    """Reads the key of an instance."""
+
+    def __init__(self, *names: str) -> None:
+        self.names, self.get = names, operator.attrgetter(*names)
+
+    def __call__(self, row: Any) -> Key:
+        key = self.get(row)
+        return (key,) if len(self.names) == 1 else key
+
+
 class _KeyAt:
     """Reads the key of a dict or a tuple."""
 
-    def __init__(self, place: str | int) -> None:
-        self.get = operator.itemgetter(place)
+    def __init__(self, *places: str | int) -> None:
+        self.places, self.get = places, operator.itemgetter(*places)
 
     def __call__(self, row: Any) -> Key:
-        return (self.get(row),)
+        key = self.get(row)
+        return (key,) if len(self.places) == 1 else key

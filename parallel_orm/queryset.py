@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping
 from contextlib import closing
 from inspect import iscoroutinefunction
 from typing import TYPE_CHECKING, Any, Self, TypeVar, TypeVarTuple, cast
@@ -16,7 +16,7 @@ from parallel_orm import errors, gather
 from parallel_orm.background import NOTHING_STARTED, Background, Pending, start_read
 from parallel_orm.bonds import as_of_now
 from parallel_orm.dispatch import Window, dispatch
-from parallel_orm.executors import inline_workers, workers_for
+from parallel_orm.executors import workers_for
 from parallel_orm.options import Options, Progress
 from parallel_orm.outcomes import Stopwatch
 from parallel_orm.plan import Plan, plan_map, plan_walk, plan_whole
@@ -24,7 +24,8 @@ from parallel_orm.prefetch import prefetch_side_by_side
 from parallel_orm.progress import listener_for, told
 from parallel_orm.reads import running
 from parallel_orm.report import Report, Results
-from parallel_orm.task import Apply, Work, fetch
+from parallel_orm.task import Apply, Work
+from parallel_orm.walk import awaited, awaited_one_by_one, one_by_one, walk
 
 M = TypeVar("M", bound=Model, covariant=True)
 Row = TypeVar("Row", covariant=True)
@@ -381,24 +382,39 @@ class ParallelQuerySet(_Startable, QuerySet[M, Row]):
         ``select_related``, ``prefetch_related`` (a set of prefetches a chunk), ``only``, ``annotate``, ``values`` and
         ``values_list`` are as in the queryset. A slice lists its primary keys first, by Django's ``iterator()``.
 
-        Without an order the rows come by primary key. Otherwise in the queryset's own order, ties broken by primary
-        key, if that order is of columns. It does not fill the queryset's cache, and does not use it.
+        Without an order the rows come by primary key (groups by what groups them). Otherwise in the queryset's own
+        order, ties broken by primary key. Where that order cannot be compared column by column (an aggregate, a number
+        that was rounded, JSON), and for a slice or a union, all primary keys are listed first. It does not fill the
+        queryset's cache, and does not use it.
 
         While others write: a row that is there throughout, its ordering columns unchanged, comes exactly once. Rows
         that are added or deleted meanwhile may come or not; none that is added behind the last row of the beginning
         comes. A row whose ordering columns are changed meanwhile may come twice or not at all.
 
         :param chunk_size: rows a chunk, 2,000 by default. A chunk may be larger where a join repeats rows.
-        :returns: an iterator; nothing is asked before its first ``next()``, then one query for the last key and one
-            for each chunk (two where rows do not bring their key, or the order is not the primary key's).
-        :raises parallel_orm.errors.UnsupportedQuerySet: the queryset cannot be walked truthfully: a union, grouped
-            rows, ``distinct(*fields)``, windows, an order by an expression or at random.
+        :returns: an iterator; nothing is asked before its first ``next()``, then one query for the last key (two where
+            the first column of the order may be NULL) and one for each chunk; two for each where rows do not bring
+            their key. For what is cut by a list of keys, one query for the list and one for each chunk.
+        :raises parallel_orm.errors.UnsupportedQuerySet: the queryset cannot be walked truthfully: windows, an order at
+            random, a union of other things than instances, groups in an order that cannot be held.
         :raises parallel_orm.errors.InvalidOption: ``chunk_size`` is no whole number of at least 1.
         """
-        plan = plan_walk(self, Options(chunk_size=chunk_size))
-        window = Window(1)
-        workers = inline_workers(plan.job(fetch))
-        return gather.streamed(dispatch(plan.chunks(), workers.send, window), window)
+        return one_by_one(self._walk("chunked_iterator", chunk_size))
+
+    def chunks(self, chunk_size: int | None = None) -> Iterator[list[Row]]:
+        """Walk as :meth:`chunked_iterator` does, and return the rows of each chunk as a list. No list is empty."""
+        return self._walk("chunks", chunk_size)
+
+    def achunked_iterator(self, chunk_size: int | None = None) -> AsyncIterator[Row]:
+        """Walk as :meth:`chunked_iterator` does, for ``async for``; chunks are read in the thread of async code."""
+        return awaited_one_by_one(self._walk("achunked_iterator", chunk_size))
+
+    def achunks(self, chunk_size: int | None = None) -> AsyncIterator[list[Row]]:
+        """Walk as :meth:`chunks` does, for ``async for``."""
+        return awaited(self._walk("achunks", chunk_size))
+
+    def _walk(self, verb: str, chunk_size: int | None) -> Generator[list[Row]]:
+        return walk(plan_walk(self, Options(chunk_size=chunk_size), verb))
 
     def parallel_map(
         self,
@@ -458,12 +474,15 @@ class ParallelQuerySet(_Startable, QuerySet[M, Row]):
                 watched = told(report.watch(outcomes), listener, plan.count)
                 return Results(gather.listed(watched, window, ordered=ordered), report)
 
-    def explain_plan(self, chunk_size: int | None = None, *, ordered: bool = True) -> Plan:
+    def explain_plan(self, chunk_size: int | None = None, *, ordered: bool = True, walk: bool = False) -> Plan:
         """Return the plan that :meth:`parallel_map` would follow; ``str()`` of it tells how it is cut, and why.
 
         Makes no query of its own. Raises what ``parallel_map`` would.
+
+        :param walk: return that of :meth:`chunked_iterator` instead.
         """
-        return plan_map("explain_plan", self, Options(chunk_size=chunk_size, ordered=ordered))
+        options = Options(chunk_size=chunk_size, ordered=ordered)
+        return plan_walk(self, options, "explain_plan") if walk else plan_map("explain_plan", self, options)
 
 
 class ParallelRawQuerySet(_Startable, _RawQuerySet):
@@ -483,6 +502,22 @@ class ParallelRawQuerySet(_Startable, _RawQuerySet):
     def chunked_iterator(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: SQL of the user's own has no key to walk by."""
         raise self._refusal("chunked_iterator")
+
+    def chunks(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused, as :meth:`chunked_iterator` is."""
+        raise self._refusal("chunks")
+
+    def achunked_iterator(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused, as :meth:`chunked_iterator` is."""
+        raise self._refusal("achunked_iterator")
+
+    def achunks(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused, as :meth:`chunked_iterator` is."""
+        raise self._refusal("achunks")
+
+    def explain_plan(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: there is no plan for what cannot be cut."""
+        raise self._refusal("explain_plan")
 
     def parallel_map(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: SQL of the user's own cannot be cut."""

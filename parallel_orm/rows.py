@@ -89,6 +89,15 @@ def is_plain(model: type[Model]) -> bool:
     )
 
 
+def is_kept_as_it_is(queryset: Any, name: str) -> bool:
+    """Tell whether an instance has under this name what the database has: a plain column of a plain model."""
+    model = queryset.model
+    if name == "pk":
+        return len(model._meta.pk_fields) == 1
+    is_column = any(field.attname == name for field in model._meta.concrete_fields)
+    return is_column and is_plain(model)
+
+
 def _descriptor(model: type[Model], name: str) -> object:
     """Return what a class has under a name, without asking it to be anything."""
     return next((vars(each)[name] for each in model.__mro__ if name in vars(each)), None)

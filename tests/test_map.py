@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from django.db import DatabaseError, connections, transaction
-from django.db.models import Count, F, Window
+from django.db.models import Avg, Count, F, Window
 from django.db.models.functions import Lower, RowNumber
 from django.test import TestCase, override_settings
 from django.test.utils import CaptureQueriesContext
@@ -172,6 +172,19 @@ def test_lists_of_keys_longer_than_a_query_may_have_parameters(default):
     finally:
         connection.connection.setlimit(sqlite3.SQLITE_LIMIT_VARIABLE_NUMBER, before)
     assert [article.rank for article in walked] == list(range(99, 19, -1))
+
+
+def test_rows_that_are_none_of_the_models(articles):
+    """Groups, what distinct() has made one, and unions travel to processes, and come back whole and in order."""
+    for queryset in (
+        articles.values("name").annotate(n=Count("pk")).order_by("-n", "name"),
+        articles.values_list("score", flat=True).distinct().order_by("-score"),
+        articles.order_by(Lower("name"), "-pk"),
+        articles.filter(rank__lt=9).union(articles.filter(rank=30)).order_by("-rank"),
+    ):
+        assert queryset.parallel_map(functions.itself, 2, chunk_size=3) == list(queryset)
+    groups = articles.values_list("score").annotate(n=Count("pk")).order_by("?")
+    assert set(groups.parallel_map(functions.itself, 2, chunk_size=2)) == set(groups)
 
 
 def test_other_keys(alias):
@@ -584,9 +597,8 @@ def test_a_database_that_there_is_not():
 
 def test_what_cannot_be_cut_truthfully_is_refused_by_name(articles):
     for queryset, problem in (
-        (articles.union(articles.all()), "union"),
-        (articles.values("rank").annotate(n=Count("pk")), "groups"),
-        (articles.values("name").distinct(), "distinct"),
+        (articles.values("pk").union(articles.values("pk")), "union"),
+        (articles.values("rank").annotate(n=Avg("pk")).order_by("n"), "groups"),
         (articles.annotate(n=Window(RowNumber(), order_by="pk")), "window"),
         (articles.select_for_update(), "locks rows"),
         (Article.objects.raw("SELECT 1"), "raw SQL"),

@@ -81,6 +81,18 @@ class ByText(models.Model):
     objects = ParallelManager()
 
 
+class ByMoment(models.Model):
+    at = models.DateTimeField(primary_key=True)
+
+    objects = ParallelManager()
+
+
+class ByDecimal(models.Model):
+    amount = models.DecimalField(max_digits=12, decimal_places=3, primary_key=True)
+
+    objects = ParallelManager()
+
+
 class Place(models.Model):
     name = models.CharField(max_length=50)
 
