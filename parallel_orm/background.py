@@ -118,10 +118,11 @@ class Pending:
         if not read.done():
             if read.begun is not None:
                 await _called_back(read.begun.add_done_callback)
-            if read.is_about_to_begin:
-                await _called_back(read.when_tried)
-            if not read.done():
+            if not read.is_about_to_begin:
                 # No thread will begin it soon: in the thread of the caller's own connection, then.
+                await sync_to_async(read.settle)(wait=False)
+            await _called_back(read.when_tried)
+            if not read.done():  # a thread has left it over
                 await sync_to_async(read.settle)(wait=False)
                 await _called_back(read.landed.add_done_callback)
 

@@ -194,7 +194,7 @@ class Lender:
         wrapper.execute_wrappers.clear()
         wrapper.queries_log.clear()
         wrapper.run_on_commit.clear()
-        watch_of(wrapper).log = None
+        watch.reading = None
         if not wrapper.allow_thread_sharing:
             wrapper.inc_thread_sharing()
         with self._lock:

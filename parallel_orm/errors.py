@@ -5,6 +5,7 @@
     ├── UnsupportedQuerySet    NotSupportedError       this queryset cannot be cut truthfully
     ├── TransactionRefused     TransactionManagementError   a worker could not see this transaction
     ├── SessionNotRestored     OperationalError        a worker's connection cannot be given the caller's session
+    ├── NotARead               NotSupportedError       a background read would do more than read, and cannot be left
     ├── Cancelled              CancelledError          the query was cancelled before its answer came
     ├── DeadlineExceeded       TimeoutError            the time that a start was given is over
     ├── UnknownAlias           ConnectionDoesNotExist  no such database in ``settings.DATABASES``
@@ -47,6 +48,10 @@ class TransactionRefused(ParallelORMError, TransactionManagementError):
 
 class SessionNotRestored(ParallelORMError, OperationalError):
     """What was set by SQL on the caller's connection cannot be had on a worker's; so the work stays, or is refused."""
+
+
+class NotARead(ParallelORMError, NotSupportedError):
+    """A background read was about to execute what may do more than read, and nobody is there to do it in its place."""
 
 
 class Cancelled(ParallelORMError, CancelledError):
@@ -200,6 +205,14 @@ def bad_timeout(value: object) -> InvalidOption:
 
 def deadline_exceeded(seconds: float) -> DeadlineExceeded:
     return DeadlineExceeded(f"No answer within {seconds} seconds of its start; the query was cancelled.")
+
+
+def not_a_read(alias: str, statement: str | None) -> NotARead:
+    return NotARead(
+        f"A background read on {alias!r} was about to execute what may do more than read: {statement or 'unknown'}. It "
+        "is left to the connection of its start, which is in another transaction, has another tenant or belongs to "
+        "another thread by now. Use the result where it was started, or query without a start."
+    )
 
 
 def cancelled(why: str) -> Cancelled:

@@ -38,7 +38,7 @@ from parallel_orm.plan import plan_whole
 from parallel_orm.seen import is_watched, show
 from parallel_orm.session import NOTHING, Session, Tenant
 from parallel_orm.task import Task, Work, as_worker
-from parallel_orm.watch import Said, here, watch_of
+from parallel_orm.watch import Reading, Said, here, watch_of
 
 PACKAGE = str(Path(__file__).parent) + os.sep
 
@@ -70,8 +70,11 @@ class Read:
     left = False
     #: The caller's connection, until its queries have been shown there.
     _home: BaseDatabaseWrapper | None = None
-    #: Whether it was started in a transaction, which its failure would have ended inline too.
-    _in_transaction = True
+    #: Which transaction of the caller's connection it was started in, or between which two.
+    _turn = 0
+    _in_transaction = False
+    #: What was not executed elsewhere, as it may do more than read.
+    _refused: errors.NotARead | None = None
     #: The thread of the caller that runs it, while it does.
     _thread: int | None = None
     _running: BaseDatabaseWrapper | None = None
@@ -116,10 +119,12 @@ class Read:
                 stay, session = guards.where_to_read(self.alias, self.bonds)
             self.session = session or NOTHING
             home = self._home = connections[self.alias]
-            self._in_transaction = home.in_atomic_block
             if stay is None:
+                watch = watch_of(home)
+                self._turn = watch.turn
                 if self.verb != PART:  # the parts of a read need not wait for each other
-                    watch_of(home).add(self)
+                    self._in_transaction = watch.in_transaction
+                    watch.add(self)
                 if self._seconds is not None:
                     self._deadline = chores.call_later(self._seconds, self._expire)
                 threads = background_threads()
@@ -134,7 +139,7 @@ class Read:
             if self.begun is not None:
                 self.begun.set_result(None)
         if stay is not None:
-            if self._run_here(stay, at_home=True):
+            if self._run_here(stay):
                 self._tell("inline")
             return
         self._tell("started")
@@ -183,11 +188,11 @@ class Read:
                 self.begun.result(timeout)
             if wait and self._deadline is not None and self.is_about_to_begin:
                 # On the caller's connection nothing would keep to the deadline.
-                tried = threading.Event()
-                self.when_tried(tried.set)
-                tried.wait(timeout)
-            if self._run_here("stolen"):
-                self._tell("stolen")
+                self._wait_until_tried(timeout)
+            if not self._is_run_by_me() and wait:
+                # A thread is at it, which may leave it over yet.
+                self._wait_until_tried(timeout)
+                self._is_run_by_me()
         if wait:
             self.landed.result(timeout)
 
@@ -196,6 +201,20 @@ class Read:
         if self._pid != os.getpid() and not self.done():
             self._pid, self._claim, self._lock = os.getpid(), threading.Lock(), threading.RLock()
             self.landed, self._leader, self._running = Landing(), None, None
+
+    def _is_run_by_me(self) -> bool:
+        """Run it here if nobody has begun it; tell whether it was so."""
+        if not self._run_here():
+            return False
+        self._tell("stolen" if self._refused is None else "inline")
+        return True
+
+    def _wait_until_tried(self, timeout: float | None) -> None:
+        tried = threading.Lock()
+        tried.acquire()
+        self.when_tried(tried.release)
+        if not tried.acquire(timeout=-1 if timeout is None else min(max(timeout, 0), threading.TIMEOUT_MAX)):
+            raise TimeoutError
 
     @property
     def is_waiting(self) -> bool:
@@ -211,19 +230,19 @@ class Read:
             self._is_left_over or background_threads().are_busy or lender.is_used_up(self.alias)
         )
 
-    def _run_here(self, reason: str, *, at_home: bool = False) -> bool:
+    def _run_here(self, stay: str | None = None) -> bool:
         task = self._task
         if task is None or not self._claimed():
             return False
         # Inline, the answer is that of the caller's connection, as broken as it may be.
-        run = task.run if at_home else partial(self._run_stolen, task)
+        run = partial(self._run_stolen, task) if stay is None else task.run
         self._thread = threading.get_ident()
         outcome = task.job.capsule.run(run)  # as of the call, in time zone and language too
         self._thread = None
         if isinstance(outcome.error, KeyboardInterrupt | SystemExit):  # meant for the caller, and no answer
             self._claim.release()
             raise outcome.error
-        self.reason = Reason(reason)
+        self.reason = Reason(stay or ("stolen" if self._refused is None else "writes"))
         self._land(outcome)
         return True
 
@@ -236,40 +255,44 @@ class Read:
             and not home.needs_rollback
             and not home.closed_in_transaction
             and (tenant is None or tenant.same_as(Tenant.of(home)))
+            and not (self.session.ends_with_transaction and watch_of(home).turn != self._turn)
         ):
             return home
         return None
 
     def _run_stolen(self, task: Task) -> Outcome:
-        """Run it as it would have run at its start: in the caller's transaction only if it was started in one, and
+        """Run it as it would have run at its start: in the caller's transaction only if it was started in that, and
         without the ``execute_wrappers`` that have come since.
         """
         home = self._home_as_it_was()
         if home is None:
             return self._run_lent(task)
+        watch = watch_of(home)
+        if watch.turn != self._turn and watch.in_transaction and self._refused is None:
+            # Its query might be the first of that transaction, after which no level can be set and from which its
+            # snapshot is; and its failure would be that of the transaction.
+            return self._run_lent(task, home)
+        return self._run_at_home(task, home)
+
+    def _run_at_home(self, task: Task, home: BaseDatabaseWrapper) -> Outcome:
         wrappers, home.execute_wrappers = home.execute_wrappers, []
         try:
-            if self._in_transaction or home.vendor != "postgresql" or not home.in_atomic_block:
-                return task.run()
-            try:
-                _say(home, "SAVEPOINT parallel_orm")
-            except Exception:  # the transaction has failed, which Django does not know
-                return self._run_lent(task)
-            outcome = task.run()
-            with suppress(Exception):  # of a connection that died: its next statement will tell
-                if outcome.error is not None:
-                    _say(home, "ROLLBACK TO SAVEPOINT parallel_orm")
-                _say(home, "RELEASE SAVEPOINT parallel_orm")
-            return outcome
+            return task.run()
         finally:
             home.execute_wrappers = wrappers
 
-    def _run_lent(self, task: Task) -> Outcome:
+    def _run_lent(self, task: Task, home: BaseDatabaseWrapper | None = None) -> Outcome:
+        """Run it on a lent connection; where none is to be had, and where it does more than read: at home, if any."""
         try:
             with as_worker(), lender.lent(self.alias, self.session, reading=True) as wrapper:
-                return self._run_on(wrapper, task)
-        except Exception as error:
-            return Outcome(task.chunk, error=error)
+                wrapper.ensure_connection()
+                outcome = self._run_on(wrapper, task)
+            error: BaseException | None = self._refused
+        except Exception as raised:
+            outcome, error = None, raised
+        if outcome is None and home is not None:
+            return self._run_at_home(task, home)
+        return outcome or Outcome(task.chunk, error=error)
 
     def when_tried(self, wake: Callable[[], None]) -> None:
         """Have this called when the answer is there, or is left to whoever needs it; in any thread."""
@@ -306,7 +329,7 @@ class Read:
                 self._land(outcome)
 
     def _run_on_lent_connection(self, task: Task) -> Outcome | None:
-        outcome = None
+        outcome, is_refused = None, False
         began = perf_counter()
         try:
             with as_worker(), lender.lent(self.alias, self.session, reading=True) as wrapper:
@@ -320,6 +343,7 @@ class Read:
                 self.connect_time = perf_counter() - began
                 _under_way.add(self)
                 outcome = self._run_on(wrapper, task)
+                is_refused = outcome is None
         except BaseException as error:
             # It could not be lent, or be given the caller's session: whoever needs the answer asks on their own. Or it
             # could not be given back.
@@ -327,33 +351,42 @@ class Read:
                 return Outcome(task.chunk, error=error)
         finally:
             _under_way.discard(self)
+        if is_refused:
+            self.connect_time = None
+            self._claim.release()
         return outcome
 
-    def _run_on(self, wrapper: BaseDatabaseWrapper, task: Task) -> Outcome:
-        watch, outer = watch_of(wrapper), getattr(here, "log", None)
-        watch.log = here.log = self._said
+    def _run_on(self, wrapper: BaseDatabaseWrapper, task: Task) -> Outcome | None:
+        """Run it on a worker's connection; None if it was about to do more than read, and has done nothing."""
+        watch, outer = watch_of(wrapper), getattr(here, "reading", None)
+        reading = Reading(self._said, self.bonds.declared, in_transaction=self._in_transaction)
+        watch.reading = here.reading = reading
         token = running.set(self)
         try:
-            return task.run()
+            outcome = task.run()
         finally:
             running.reset(token)
-            here.log = outer
+            here.reading = outer
             with self._lock:
                 self._running = None
-                watch.log = watch.stopped = None
+                watch.reading = watch.stopped = None
+        if reading.refused is None:
+            return outcome
+        self._refused, self._said = reading.refused, []
+        return None
 
     def beside(self, works: list[Callable[[], None]]) -> None:
         """Do several things at once, as parts of this read and in its session; return when all are done."""
         assert self._task is not None
         rows = self._task.job.queryset
         first, *others = works
-        reads = [Read(PART, plan_whole(rows, _part(work))) for work in others]
+        reads = [Read(PART, plan_whole(rows, _part(work)), bonds=self.bonds) for work in others]
         with self._lock:
             if self._stopped is not None:
                 raise self._stopped
             self._siblings += reads
         for read in reads:
-            read.started_at = self.started_at
+            read.started_at, read._in_transaction = self.started_at, self._in_transaction
             read.begin(session=self.session)
         outcomes = [plan_whole(rows, _part(first)).run()]
         for read in reads:
@@ -550,12 +583,6 @@ def _leave() -> None:
 atexit.register(_leave)
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_under_way.clear)  # they run in the parent
-
-
-def _say(wrapper: BaseDatabaseWrapper, sql: str) -> None:
-    """Execute something on the driver's own cursor: it is no query of the user's."""
-    with wrapper.connection.cursor() as cursor:
-        cursor.execute(sql)
 
 
 class _SentOff:

@@ -27,9 +27,9 @@ def show(statements: Iterable[Said], wrapper: BaseDatabaseWrapper) -> None:
     As Django does for its own cursors: only while ``DEBUG`` is on or somebody captures queries. Of a worker's
     connection they are part of the read that it runs, and shown with that.
     """
-    log = watch_of(wrapper).log
-    if log is not None:
-        log += statements
+    reading = watch_of(wrapper).reading
+    if reading is not None:
+        reading.said += statements
         return
     panel = getattr(wrapper, "_djdt_logger", None)
     for said in statements:

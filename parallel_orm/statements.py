@@ -96,8 +96,8 @@ _COLUMNS = re.compile(
 )
 
 
-#: Functions that PostGIS, SpatiaLite, MariaDB and MySQL have for geometries: none does more than compute.
-_SPATIAL = "st_"
+#: Functions of PostGIS, MariaDB and MySQL for geometries: none does more than compute.
+_SPATIAL = ("st_", "postgis_")
 
 
 @lru_cache(maxsize=2048)
@@ -159,6 +159,10 @@ _OWN = re.compile(
 )
 #: Of these, the ones that :func:`only_reads` takes for reads, as they are; and variables of MySQL's sessions.
 _OWN_READ = re.compile(r"(?i)\bconnection_id\s*\(|@@[a-z_]")
+#: Views of a session, quoted or not.
+_OWN_VIEW = re.compile(
+    r"(?i)\b(?:pg_(?:cursors|prepared_statements|settings|stat_xact_\w+)|session_(?:variables|status)|sqlite_temp_\w+)\b"
+)
 _CLOCK = re.compile(
     r"""(?ix) (?<![a-z0-9_$.]) (?: (?: now | age | transaction_timestamp ) \s* \(
       | (?: transaction_timestamp | current_timestamp | current_date | current_time | localtime
@@ -173,7 +177,7 @@ def bond_of(sql: str, declared: frozenset[str] = frozenset()) -> Bond | None:
     if not only_reads(sql, declared):
         return Bond.OWN
     bare = _bare(sql) or ""
-    if _OWN_READ.search(bare):
+    if _OWN_READ.search(bare) or _OWN_VIEW.search(sql):
         return Bond.OWN
     return Bond.CLOCK if _CLOCK.search(bare) or _CLOCK_LITERAL.search(sql) else None
 

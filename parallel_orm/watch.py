@@ -22,9 +22,10 @@ from typing import Any, Protocol
 from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.backends.signals import connection_created
 
+from parallel_orm.errors import NotARead, not_a_read
 from parallel_orm.options import from_settings
 from parallel_orm.session import NOTHING, Session, Tenant, in_order
-from parallel_orm.statements import NO_TRACE, UNKNOWN, Trace, names_in, only_reads, trace_of
+from parallel_orm.statements import NO_TRACE, UNKNOWN, Bond, Trace, bond_of, names_in, only_reads, trace_of
 
 _PLACE = "_parallel_orm_watch"
 
@@ -53,8 +54,26 @@ class Said:
     sent: Any
 
 
-#: Of a thread that runs a read in the background: where the connections that it opens meanwhile write down, too, what
-#: they execute. A prefetch may ask another database.
+class Reading:
+    """What is executed for one read in the background: written down, and nothing that may do more than read."""
+
+    def __init__(self, said: list[Said], declared: frozenset[str], *, in_transaction: bool) -> None:
+        self.said = said
+        self._declared, self._in_transaction = declared, in_transaction
+        #: What was to be executed and was not; whatever has become of the exception.
+        self.refused: NotARead | None = None
+
+    def hear(self, alias: str, text: str | None) -> None:
+        """Refuse a statement that is bound to the connection of the caller, before it is executed, and all after it."""
+        bond = Bond.OWN if text is None else bond_of(text, self._declared)
+        if self.refused is None and bond is not None and (bond is not Bond.CLOCK or self._in_transaction):
+            self.refused = not_a_read(alias, text)
+        if self.refused is not None:
+            raise self.refused
+
+
+#: Of a thread that runs a read in the background: that reading, for the connections that it opens meanwhile too. A
+#: prefetch may ask another database.
 here = threading.local()
 
 
@@ -63,13 +82,15 @@ class Watch:
 
     def __init__(self, wrapper: BaseDatabaseWrapper) -> None:
         self.wrapper = wrapper
-        #: Of a worker's connection: where it writes down what it executes, and what stops it before it does.
-        self.log: list[Said] | None = getattr(here, "log", None)
+        #: Of a worker's connection: the read that it is lent for, and what stops it before its next statement.
+        self.reading: Reading | None = getattr(here, "reading", None)
         self.stopped: BaseException | None = None
         #: What MySQL and MariaDB call the connection; its own thread alone may ask.
         self.thread_id: int | None = None
         #: Of a worker's connection: what it was given, which nobody has said on it.
         self.given: Session = NOTHING
+        #: How often it may have come into another transaction, or into another state of one.
+        self.turn = 0
         self._reads: list[weakref.ref[Read]] = []
         self._most_reads = 8
         self._settling = False
@@ -110,20 +131,28 @@ class Watch:
             raise self.stopped
         text = sql if isinstance(sql, str) else self._text(sql)
         trace = UNKNOWN if text is None else trace_of(text)
+        if trace is not NO_TRACE and text is not None and text.startswith("SET search_path") and self._is_of_tenant():
+            return  # its tenant is carried instead
+        if self.reading is not None and not (trace.begins or trace.savepoint or trace.ends or self._is_opening()):
+            self.reading.hear(self.wrapper.alias, text)
         if trace is not NO_TRACE:
-            if text is not None and text.startswith("SET search_path") and self._is_of_tenant():
-                return  # its tenant is carried instead
             self._remember(trace, params)
         if not self._reads and self._unwritten is None:
             return
-        if self.wrapper.connection is not self._connection or self.wrapper.run_on_commit is self._birth:
-            return  # said to open the connection: by Django, or on every one that is created
+        if self._is_opening():
+            return
         if trace.savepoint:
+            if text is not None and "rollback" in text.lower():
+                self.turn += 1
             self.settle(wait=False, only=lambda read: read.session.ends_with_transaction)
         elif text is None or not only_reads(text):
             self._unwritten = None
             if not trace.level:  # a read that was run here before it would be in its way
                 self.settle()
+
+    def _is_opening(self) -> bool:
+        """Tell whether what is said opens the connection: by Django, or on every one that is created."""
+        return self.wrapper.connection is not self._connection or self.wrapper.run_on_commit is self._birth
 
     def _remember(self, trace: Trace, params: Any) -> None:
         if trace.ends:
@@ -160,6 +189,7 @@ class Watch:
         """Before a commit, a rollback, a close: have what depends on this transaction begun."""
         if self._reads:
             self.settle(wait=False, only=lambda read: read.session.ends_with_transaction)
+        self.turn += 1
         self._end_transaction()
 
     # --- The barrier --------------------------------------------------------------------
@@ -292,7 +322,7 @@ def _install(wrapper: Any) -> Watch:
     wrapper.make_cursor = _making_watched(make)
     # What is written down here is shown among the caller's queries, and in no log of a worker's connection.
     wrapper.make_debug_cursor = _making_watched(
-        lambda cursor: make(cursor) if watch.log is not None else make_debug(cursor)
+        lambda cursor: make(cursor) if watch.reading is not None else make_debug(cursor)
     )
     for name in ("commit", "rollback", "set_autocommit", "close"):
         setattr(wrapper, name, _telling(watch, getattr(wrapper, name)))
@@ -326,16 +356,16 @@ class _Watching:
     def _execute(self, sql: Any, params: Any, *context: Any) -> Any:
         watch: Watch = self.db.__dict__[_PLACE]
         watch.hear(sql, params)
-        if watch.log is None:
+        if watch.reading is None:
             return super()._execute(sql, params, *context)  # type: ignore[misc]
-        return self._logged(watch.log, super()._execute, sql, params, context, many=False)  # type: ignore[misc]
+        return self._logged(watch.reading.said, super()._execute, sql, params, context, many=False)  # type: ignore[misc]
 
     def _executemany(self, sql: Any, params: Any, *context: Any) -> Any:
         watch: Watch = self.db.__dict__[_PLACE]
         watch.hear(sql)
-        if watch.log is None:
+        if watch.reading is None:
             return super()._executemany(sql, params, *context)  # type: ignore[misc]
-        return self._logged(watch.log, super()._executemany, sql, params, context, many=True)  # type: ignore[misc]
+        return self._logged(watch.reading.said, super()._executemany, sql, params, context, many=True)  # type: ignore[misc]
 
     def _logged(self, log: list[Said], execute: Any, sql: Any, params: Any, context: Any, *, many: bool) -> Any:
         began = perf_counter()

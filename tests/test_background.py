@@ -601,7 +601,6 @@ class InATestCase(TestCase):
             started = Article.objects.start_count()
         assert (started.count(), started.background["count"].reason) == (1, "transaction")
 
-
     def test_a_database_that_the_test_does_not_name(self):
         """What Django forbids inline is forbidden in the background and in a map, and reads from no real database."""
         others = Article.objects.using("other")
@@ -741,7 +740,9 @@ def test_what_a_prefetch_asks_of_another_database_is_seen_there(default, other, 
     gate = threading.Event()
     held = hold_all_threads(gate)  # so that the connections were given back
     try:
-        assert [watch_of(idle.wrapper).log for alias in (default, other) for idle in lender._idle[alias]] == [None] * 2
+        assert [watch_of(idle.wrapper).reading for alias in (default, other) for idle in lender._idle[alias]] == [
+            None
+        ] * 2
     finally:
         gate.set()
         [future.result(WAIT) for future in held]

@@ -200,6 +200,13 @@ def test_a_column_is_no_function() -> None:
     assert bond_of("SELECT a @@ to_tsquery('x'), a @> b FROM c") is None
 
 
+def test_views_of_a_session() -> None:
+    for view in ("pg_cursors", "pg_settings", "pg_stat_xact_all_tables", "session_status", "sqlite_temp_master"):
+        assert bond_of(f'SELECT "{view}"."name" FROM "{view}"') is Bond.OWN
+        assert bond_of(f"SELECT name FROM {view}") is Bond.OWN
+    assert bond_of('SELECT "my_pg_settings_1"."name" FROM "my_pg_settings_1"') is None
+
+
 # --- Where it is read ----------------------------------------------------------------------
 
 

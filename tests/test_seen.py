@@ -222,12 +222,12 @@ def nap(alias):
 
     def teach(connection, **_):
         if connection.vendor == "sqlite":
-            connection.connection.create_function("nap", 0, lambda: time.sleep(NAP) or 1)
+            connection.connection.create_function("sleep", 0, lambda: time.sleep(NAP) or 1)
 
     connection_created.connect(teach)
     connections[alias].close()
     yield {
-        "sqlite": "nap() = 1",
+        "sqlite": "sleep() = 1",
         "postgresql": f"(SELECT 1 FROM pg_sleep({NAP})) = 1",
         "mysql": f"SLEEP({NAP}) = 0",
     }[connections[alias].vendor]

@@ -39,7 +39,7 @@ WAIT = 30
 LONG = {
     "postgresql": "(SELECT 1 FROM pg_sleep(60)) = 1",
     "mysql": "SLEEP(60) = 0",
-    "sqlite": "reached() = (WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n WHERE x < 4000000000)"
+    "sqlite": "sleep() = (WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n WHERE x < 4000000000)"
     " SELECT max(x) FROM n)",
 }
 
@@ -50,7 +50,7 @@ reached = threading.Semaphore(0)
 def _taught():
     def teach(connection, **_):
         if connection.vendor == "sqlite":
-            connection.connection.create_function("reached", 0, lambda: reached.release() or 1)
+            connection.connection.create_function("sleep", 0, lambda: reached.release() or 1)
 
     while reached.acquire(blocking=False):
         pass
