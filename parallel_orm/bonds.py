@@ -30,7 +30,7 @@ from django.db.models.sql import Query, RawQuery
 from django.db.models.sql.where import ExtraWhere
 from django.utils.tree import Node
 
-from parallel_orm.statements import Bond, bond_of, bond_of_function
+from parallel_orm.statements import Bond, bond_of, bond_of_function, functions_in_doubt
 
 
 class Bonds(NamedTuple):
@@ -39,6 +39,8 @@ class Bonds(NamedTuple):
     bond: Bond | None = None
     #: Functions of the project's own that its expressions name, lower case.
     declared: frozenset[str] = frozenset()
+    #: Functions that its pieces of SQL name, lower case, of which nobody has said what they do.
+    undeclared: frozenset[str] = frozenset()
     #: Whether it has a value that the caller may change: a dictionary, say.
     is_changeable: bool = False
 
@@ -54,6 +56,7 @@ def bonds_of(queryset: Any, *arguments: Any) -> Bonds:
         _push_prefetches(queryset.model, queryset._prefetch_related_lookups, stack)
     clock = is_changeable = False
     declared: frozenset[str] = frozenset()
+    undeclared: frozenset[str] = frozenset()
     while stack:
         part = stack.pop()
         kind = _kinds.get(part.__class__)
@@ -84,16 +87,18 @@ def bonds_of(queryset: Any, *arguments: Any) -> Bonds:
         elif kind is _EXPRESSION:
             stack += part.get_source_expressions()
         else:
-            bond, names = kind(part, stack)
+            bond, names, unknown = kind(part, stack)
             if bond is Bond.CLOCK:
                 clock = True
             elif bond is not None:
                 return Bonds(bond)
             if names:
                 declared |= names
-    if not (clock or declared or is_changeable):
+            if unknown:
+                undeclared |= unknown
+    if not (clock or declared or undeclared or is_changeable):
         return FREE
-    return Bonds(Bond.CLOCK if clock else None, declared, is_changeable)
+    return Bonds(Bond.CLOCK if clock else None, declared, undeclared, is_changeable)
 
 
 def _push_query(query: Any, stack: list[Any]) -> None:
@@ -149,9 +154,11 @@ def _managers_on(model: Any, path: str) -> list[Any]:
 
 # --- What is looked at, by its type ------------------------------------------------------
 
-Found = tuple[Bond | None, frozenset[str]]
+#: A bond, functions that are declared, and functions that are not.
+Found = tuple[Bond | None, frozenset[str], frozenset[str]]
 
-_FOUND_NOTHING: Found = (None, frozenset())
+_NONE: frozenset[str] = frozenset()
+_FOUND_NOTHING: Found = (None, _NONE, _NONE)
 
 #: Types of values that nobody can change.
 _VALUES = frozenset(
@@ -203,7 +210,7 @@ def _function(part: Any, stack: list[Any]) -> Found:
     stack += part.get_source_expressions()
     extra, cls = part.extra, part.__class__
     if not extra and cls.__module__.startswith(_OF_DJANGO):
-        return _function_named(cls, cls.function, cls.template)[0], frozenset()
+        return _function_named(cls, cls.function, cls.template)[0], _NONE, _NONE
     return _function_named(cls, extra.get("function", part.function), extra.get("template", part.template))
 
 
@@ -211,7 +218,7 @@ def _function(part: Any, stack: list[Any]) -> Found:
 def _function_named(cls: Any, function: str | None, template: str) -> Found:
     bond, names = bond_of_function((template or "").replace("%(function)s", function or ""))
     # The clock of a transaction is asked for on PostgreSQL, for which this text may not be, as with Now().
-    return None if bond is Bond.CLOCK and hasattr(cls, "as_postgresql") else bond, names
+    return None if bond is Bond.CLOCK and hasattr(cls, "as_postgresql") else bond, names, _NONE
 
 
 def _value(part: Any, stack: list[Any]) -> Found:
@@ -219,13 +226,20 @@ def _value(part: Any, stack: list[Any]) -> Found:
     return _FOUND_NOTHING
 
 
+def _in_sql(sql: str) -> Found:
+    bond = bond_of(sql)
+    if bond is Bond.OWN and (names := functions_in_doubt(sql)):
+        return bond_of(sql, names), _NONE, names
+    return bond, _NONE, _NONE
+
+
 def _raw(part: Any, stack: list[Any]) -> Found:
     stack.append(part.params)
-    return bond_of(f"SELECT {part.sql}"), frozenset()
+    return _in_sql(f"SELECT {part.sql}")
 
 
 def _piece(part: Any, stack: list[Any]) -> Found:
-    return bond_of(f"SELECT {part.sql}"), frozenset()
+    return _in_sql(f"SELECT {part.sql}")
 
 
 def _extra_where(part: Any, stack: list[Any]) -> Found:
@@ -236,7 +250,7 @@ def _extra_where(part: Any, stack: list[Any]) -> Found:
 
 def _raw_query(part: Any, stack: list[Any]) -> Found:
     stack.append(part.params)
-    return bond_of(part.sql), frozenset()
+    return _in_sql(part.sql)
 
 
 def _node(part: Any, stack: list[Any]) -> Found:

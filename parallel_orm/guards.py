@@ -18,7 +18,7 @@ from django.db.models.sql import Query
 from django.db.models.sql.constants import INNER
 from django.utils.connection import ConnectionDoesNotExist
 
-from parallel_orm import errors
+from parallel_orm import errors, functions
 from parallel_orm.bonds import FREE, Bonds
 from parallel_orm.identity import are_instances_of_one_table, fields_of, identity_of
 from parallel_orm.options import from_settings
@@ -83,6 +83,8 @@ def where_to_read(alias: str, bonds: Bonds = FREE) -> tuple[str | None, Session]
         return "wrapper", NOTHING
     if from_settings().connections_of(alias) == 0:
         return "budget", NOTHING
+    if bonds.undeclared and not functions.only_read(connection, bonds.undeclared):
+        return Bond.OWN.value, NOTHING
     watch = watch_of(connection)
     if bonds.bond is Bond.CLOCK and watch.in_transaction:
         return bonds.bond.value, NOTHING

@@ -24,7 +24,7 @@ from typing import Any
 
 from asgiref.sync import SyncToAsync, sync_to_async
 from django.core.signals import request_finished, request_started
-from django.db import connections
+from django.db import OperationalError, connections
 from django.db.backends.base.base import BaseDatabaseWrapper
 
 from parallel_orm import errors, events, guards
@@ -74,7 +74,7 @@ class Read:
     _turn = 0
     _in_transaction = False
     #: What was not executed elsewhere, as it may do more than read.
-    _refused: errors.NotARead | None = None
+    _refused: BaseException | None = None
     #: The thread of the caller that runs it, while it does.
     _thread: int | None = None
     _running: BaseDatabaseWrapper | None = None
@@ -359,7 +359,8 @@ class Read:
     def _run_on(self, wrapper: BaseDatabaseWrapper, task: Task) -> Outcome | None:
         """Run it on a worker's connection; None if it was about to do more than read, and has done nothing."""
         watch, outer = watch_of(wrapper), getattr(here, "reading", None)
-        reading = Reading(self._said, self.bonds.declared, in_transaction=self._in_transaction)
+        declared = self.bonds.declared | self.bonds.undeclared  # those have been asked for by now
+        reading = Reading(self._said, declared, in_transaction=self._in_transaction)
         watch.reading = here.reading = reading
         token = running.set(self)
         try:
@@ -370,9 +371,12 @@ class Read:
             with self._lock:
                 self._running = None
                 watch.reading = watch.stopped = None
-        if reading.refused is None:
+        refused: BaseException | None = reading.refused
+        if refused is None and isinstance(outcome.error, BaseException) and _is_of_one_connection(outcome.error):
+            refused = outcome.error
+        if refused is None:
             return outcome
-        self._refused, self._said = reading.refused, []
+        self._refused, self._said = refused, []
         return None
 
     def beside(self, works: list[Callable[[], None]]) -> None:
@@ -619,6 +623,13 @@ def _send_off(coroutine: Coroutine[Any, Any, Any]) -> asyncio.Task[None]:
     context = copy_context()  # asgiref notes there that its thread is taken
     rest = context.run(_SentOff, coroutine)
     return asyncio.get_running_loop().create_task(finish(), context=context)
+
+
+def _is_of_one_connection(error: BaseException) -> bool:
+    """Tell whether a query failed for want of what the caller's connection may have: a function that Python gave to
+    SQLite, a collation.
+    """
+    return isinstance(error, OperationalError) and str(error).startswith(("no such function", "no such collation"))
 
 
 def place_of_caller() -> str:

@@ -182,6 +182,21 @@ def bond_of(sql: str, declared: frozenset[str] = frozenset()) -> Bond | None:
     return Bond.CLOCK if _CLOCK.search(bare) or _CLOCK_LITERAL.search(sql) else None
 
 
+@lru_cache(maxsize=2048)
+def functions_in_doubt(sql: str, declared: frozenset[str] = frozenset()) -> frozenset[str]:
+    """Return the functions, lower case, of which alone it depends whether a statement only reads; none where there is
+    more in doubt, or nothing.
+    """
+    bare = _bare(sql)
+    if bare is None:
+        return frozenset()
+    calls = {call.lower() for call in _CALL.findall(_COLUMNS.sub(r"\1\2\3", bare))}
+    names = frozenset(calls - _HARMLESS - _WRITERS - declared)
+    if any(_OWN.fullmatch(name) for name in names) or not only_reads(sql, declared | names):
+        return frozenset()
+    return names
+
+
 def bond_of_function(text: str) -> tuple[Bond | None, frozenset[str]]:
     """Tell what a function of somebody's own, told by its name or its template, is bound by; and which it calls, lower
     case, that are not known to be harmless: whoever wrote them down as expressions of a query says that they are.

@@ -23,9 +23,20 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.backends.signals import connection_created
 
 from parallel_orm.errors import NotARead, not_a_read
+from parallel_orm.functions import only_read
 from parallel_orm.options import from_settings
 from parallel_orm.session import NOTHING, Session, Tenant, in_order
-from parallel_orm.statements import NO_TRACE, UNKNOWN, Bond, Trace, bond_of, names_in, only_reads, trace_of
+from parallel_orm.statements import (
+    NO_TRACE,
+    UNKNOWN,
+    Bond,
+    Trace,
+    bond_of,
+    functions_in_doubt,
+    names_in,
+    only_reads,
+    trace_of,
+)
 
 _PLACE = "_parallel_orm_watch"
 
@@ -63,11 +74,15 @@ class Reading:
         #: What was to be executed and was not; whatever has become of the exception.
         self.refused: NotARead | None = None
 
-    def hear(self, alias: str, text: str | None) -> None:
+    def hear(self, wrapper: BaseDatabaseWrapper, text: str | None) -> None:
         """Refuse a statement that is bound to the connection of the caller, before it is executed, and all after it."""
         bond = Bond.OWN if text is None else bond_of(text, self._declared)
+        if bond is Bond.OWN and text is not None:
+            names = functions_in_doubt(text, self._declared)
+            if names and only_read(wrapper, names):
+                bond = bond_of(text, self._declared | names)
         if self.refused is None and bond is not None and (bond is not Bond.CLOCK or self._in_transaction):
-            self.refused = not_a_read(alias, text)
+            self.refused = not_a_read(wrapper.alias, text)
         if self.refused is not None:
             raise self.refused
 
@@ -134,7 +149,7 @@ class Watch:
         if trace is not NO_TRACE and text is not None and text.startswith("SET search_path") and self._is_of_tenant():
             return  # its tenant is carried instead
         if self.reading is not None and not (trace.begins or trace.savepoint or trace.ends or self._is_opening()):
-            self.reading.hear(self.wrapper.alias, text)
+            self.reading.hear(self.wrapper, text)
         if trace is not NO_TRACE:
             self._remember(trace, params)
         if not self._reads and self._unwritten is None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import secrets
+import threading
 from typing import Any
 
 import pytest
@@ -33,10 +35,11 @@ from django.db.models import (
 from django.db.models.expressions import RawSQL
 from django.db.models.functions import Lower, Now, RowNumber
 from django.db.models.lookups import Exact, GreaterThan
+from django.test.utils import CaptureQueriesContext
 
 from parallel_orm.bonds import FREE, bonds_of
 from parallel_orm.statements import Bond, bond_of, bond_of_function
-from tests.test_background import _nothing_is_left_running, articles, busy, landed
+from tests.test_background import WAIT, _nothing_is_left_running, articles, busy, landed
 from tests.testapp.models import Article, Author, Everything, Lease, Tag
 
 __all__ = ["_nothing_is_left_running", "articles", "busy"]  # fixtures
@@ -118,7 +121,8 @@ def test_it_is_found_wherever_it_stands(place: str) -> None:
     put = PLACES[place]
     assert bonds_of(put(Article.objects.all(), own("nextval", Value("x")))).bond is Bond.OWN
     assert bonds_of(put(Article.objects.all(), Next())).bond is Bond.OWN
-    assert bonds_of(put(Article.objects.all(), RawSQL("writer()", []))).bond is Bond.OWN
+    assert bonds_of(put(Article.objects.all(), RawSQL("nextval('x')", []))).bond is Bond.OWN
+    assert bonds_of(put(Article.objects.all(), RawSQL("Writer()", []))).undeclared == {"writer"}
     assert bonds_of(put(Article.objects.all(), TransactionNow())).bond is Bond.CLOCK
     assert bonds_of(put(Article.objects.all(), Shout(Value("x")))).declared >= {"shout"}
     assert bonds_of(put(Article.objects.all(), Lower(Value("x")))).bond is None
@@ -146,8 +150,8 @@ def test_pieces_of_sql() -> None:
     rows = Article.objects.all()
     for queryset, bond in [
         (rows.extra(select={"x": "lower(name)"}, where=["rank > %s", "name LIKE 'a'"], params=[1]), None),
-        (rows.extra(select={"x": "writer()"}), Bond.OWN),
-        (rows.extra(where=["rank = 1", "writer(rank)"]), Bond.OWN),
+        (rows.extra(select={"x": "setval()"}), Bond.OWN),
+        (rows.extra(where=["rank = 1", "lastval() + writer(rank)"]), Bond.OWN),
         (rows.extra(order_by=["-rank"]), None),
         (rows.extra(order_by=["testapp_article.writer()"]), Bond.OWN),
         (rows.filter(pk__in=RawSQL("SELECT id FROM testapp_tag WHERE name = %s", ["x"])), None),
@@ -179,6 +183,61 @@ def test_functions_of_a_session_are_known_by_their_names(function: str) -> None:
     assert bonds_of(Article.objects.annotate(x=own(function))).bond is Bond.OWN
     assert bonds_of(Article.objects.annotate(x=own(function.lower()))).bond is Bond.OWN
     assert bonds_of(Article.objects.annotate(x=RawSQL(f"{function}()", []))).bond is Bond.OWN
+
+
+def test_what_a_function_in_sql_does_is_told_by_the_server(articles: Any, alias: str) -> None:
+    """One that says that it only reads may go anywhere; of one that says nothing, its caller needs what it writes."""
+    said = {
+        "postgresql": (
+            "CREATE OR REPLACE FUNCTION {}(n bigint) RETURNS bigint {} LANGUAGE sql AS 'SELECT n'",
+            "DROP FUNCTION {}(bigint)",
+            "STABLE",
+            "",
+        ),
+        "mysql": (
+            "CREATE OR REPLACE FUNCTION {}(n bigint) RETURNS bigint {} RETURN n",
+            "DROP FUNCTION {}",
+            "READS SQL DATA",
+            "DETERMINISTIC MODIFIES SQL DATA",
+        ),
+    }.get(connections[alias].vendor)
+    if said is None:
+        pytest.skip("the functions of SQLite are Python's")
+    create, drop, *kinds = said
+    names = f"reads_{secrets.token_hex(4)}", f"writes_{secrets.token_hex(4)}"  # what is known of one lasts a minute
+    with connections[alias].cursor() as cursor:
+        for name, kind in zip(names, kinds, strict=True):
+            cursor.execute(create.format(name, kind))
+    try:
+        with CaptureQueriesContext(connections[alias]) as queries:
+            for name, reason in zip(names, (None, "writes"), strict=True):
+                for rows in (
+                    articles.extra(where=[f"{name}(rank) = 1"]),
+                    articles.annotate(x=RawSQL(f"{name}(1)", [])),
+                    articles.raw(f"SELECT * FROM testapp_article WHERE {name.upper()}(rank) = 1"),
+                ):
+                    pending = rows.start_fetch().background["fetch"]
+                    landed(pending)
+                    assert pending.reason == reason, rows.query
+        assert len(queries) == 3  # those that ran here: the question is nobody's query
+    finally:
+        with connections[alias].cursor() as cursor:
+            for name in names:
+                cursor.execute(drop.format(name))
+
+
+def test_a_function_that_is_only_here(default: str) -> None:
+    """Given by Python to this connection alone: it is asked for here."""
+    Article.objects.using(default).create(name="one", rank=1)
+    connections[default].ensure_connection()
+    connections[default].connection.create_function("only_here", 1, lambda rank: rank + 1)
+    rows = Article.objects.using(default).annotate(x=RawSQL("only_here(rank)", []))
+    pending, tried = rows.start_fetch().background["fetch"], threading.Event()
+    pending._read.when_tried(tried.set)
+    assert tried.wait(WAIT)
+    assert [row.x for row in pending.result(WAIT)] == [2]
+    assert pending.reason == "writes"
+    connections[default].close()
 
 
 def test_functions_of_the_project_are_vouched_for() -> None:
