@@ -35,7 +35,8 @@ from tests.threads import submit
 
 WAIT = 30
 
-#: What a query that runs for a minute is told by, on the server. A SQLite of our own process is told by its function.
+#: What a query that runs for a minute is told by, on the server. A SQLite of our own process is told by its function,
+#: of a name that is known to do no more than read: else the query would be run inline.
 LONG = {
     "postgresql": "(SELECT 1 FROM pg_sleep(60)) = 1",
     "mysql": "SLEEP(60) = 0",
