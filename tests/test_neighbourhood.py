@@ -595,7 +595,7 @@ def sessions(postgres):
 
     def count_until(number):
         """The server takes a moment to see that a client has gone."""
-        deadline = time.monotonic() + 3
+        deadline = time.monotonic() + WAIT
         while (found := count()) > number and time.monotonic() < deadline:
             pass
         return found

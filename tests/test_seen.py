@@ -248,15 +248,13 @@ def test_the_logger_hears_once_with_the_query_s_own_time(articles, alias, logged
         wait, use = rows(slow.all())
         wait()
         assert logged == []
-        began = time.perf_counter()
         use()
-        took = time.perf_counter() - began
         (record,) = logged
         queries = list(connections[alias].queries_log)
     connections[alias].queries_log.clear()
     assert (record.sql, record.params, record.alias) == (inline.sql, inline.params, inline.alias)
     assert (record.msg, record.args[1:], record.levelno) == (inline.msg, inline.args[1:], inline.levelno)
-    assert record.duration >= NAP > took
+    assert record.duration >= NAP
     assert record.args[0] == record.duration
     assert [(query["sql"], query["time"]) for query in queries] == [(record.sql, f"{record.duration:.3f}")]
 
