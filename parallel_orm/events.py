@@ -1,7 +1,8 @@
 """What observers hear of background reads: Django signals, and how often each was sent.
 
 Every receiver is called with ``event``, an :class:`Event`, in the thread where it happened; the sender is the model.
-What a receiver raises is logged by Django and disturbs nothing.
+What a receiver raises is logged by Django and disturbs nothing. The answer is handed over when the receivers have
+returned, so they should be quick.
 """
 
 from __future__ import annotations

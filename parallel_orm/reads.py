@@ -82,6 +82,8 @@ class Read:
     _deadline: Due | None = None
     #: Only of a start in a coroutine, which another thread begins.
     begun: Future[None] | None = None
+    #: Whether its outcome is known, and about to land.
+    _has_outcome = False
     #: Whether no thread will run it: whoever needs the answer must.
     _is_left_over = False
     #: What answers it too, so that its own query need not run.
@@ -127,6 +129,7 @@ class Read:
                     watch.add(self)
                 if self._seconds is not None:
                     self._deadline = chores.call_later(self._seconds, self._expire)
+                self._tell("started")
                 threads = background_threads()
                 try:
                     if threads.are_swamped:
@@ -139,10 +142,8 @@ class Read:
             if self.begun is not None:
                 self.begun.set_result(None)
         if stay is not None:
-            if self._run_here(stay):
-                self._tell("inline")
+            self._run_here(stay)
             return
-        self._tell("started")
         # The parts of a read are stopped with it.
         if self.verb != PART and (requested := _reads_of_request()) is not None:
             requested.add(self)
@@ -189,10 +190,10 @@ class Read:
             if wait and self._deadline is not None and self.is_about_to_begin:
                 # On the caller's connection nothing would keep to the deadline.
                 self._wait_until_tried(timeout)
-            if not self._is_run_by_me() and wait:
+            if not self._run_here() and wait:
                 # A thread is at it, which may leave it over yet.
                 self._wait_until_tried(timeout)
-                self._is_run_by_me()
+                self._run_here()
         if wait:
             self.landed.result(timeout)
 
@@ -200,14 +201,7 @@ class Read:
         """In a forked child: the thread that had it was left behind in the parent."""
         if self._pid != os.getpid() and not self.done():
             self._pid, self._claim, self._lock = os.getpid(), threading.Lock(), threading.RLock()
-            self.landed, self._leader, self._running = Landing(), None, None
-
-    def _is_run_by_me(self) -> bool:
-        """Run it here if nobody has begun it; tell whether it was so."""
-        if not self._run_here():
-            return False
-        self._tell("stolen" if self._refused is None else "inline")
-        return True
+            self.landed, self._leader, self._running, self._has_outcome = Landing(), None, None, False
 
     def _wait_until_tried(self, timeout: float | None) -> None:
         tried = threading.Lock()
@@ -231,6 +225,7 @@ class Read:
         )
 
     def _run_here(self, stay: str | None = None) -> bool:
+        """Run it in this thread if nobody has begun it; tell whether it was so."""
         task = self._task
         if task is None or not self._claimed():
             return False
@@ -242,7 +237,10 @@ class Read:
         if isinstance(outcome.error, KeyboardInterrupt | SystemExit):  # meant for the caller, and no answer
             self._claim.release()
             raise outcome.error
-        self.reason = Reason(stay or ("stolen" if self._refused is None else "writes"))
+        if stay is None and self._refused is not None:
+            stay = "writes"
+        self.reason = Reason(stay or "stolen")
+        self._tell("stolen" if stay is None else "inline")
         self._land(outcome)
         return True
 
@@ -446,8 +444,9 @@ class Read:
 
     def _land(self, outcome: Outcome) -> None:
         with self._lock:
-            if self.landed.done():  # it was cancelled meanwhile
+            if self._has_outcome:  # it was cancelled meanwhile
                 return
+            self._has_outcome = True
             if self._deadline is not None:
                 self._deadline.cancel()
             if self.queue_time is not None:
@@ -456,11 +455,12 @@ class Read:
                 note(outcome.error, f"the query was started at {self.started_at}")
             task, self._task = self._task, None  # which ends outside of the lock, as anything may hang on it
             self._leader = None
-            self.landed.set_result(outcome)
         del task
-        self._wake()
+        # First: whoever has the answer finds that it has been told of.
         error = outcome.error if isinstance(outcome.error, BaseException) else None
         self._tell("finished" if error is None else "failed", error)
+        self.landed.set_result(outcome)
+        self._wake()
 
     # --- Stopping -----------------------------------------------------------------------
 

@@ -162,6 +162,15 @@ def _configure_hypothesis() -> None:
 # --- Fixtures -------------------------------------------------------------------
 
 
+@pytest.fixture(autouse=True)
+def _threads_are_free() -> Iterator[None]:
+    """What a test started and never used is done before the next one begins, and no thread seems busy to that."""
+    yield
+    from tests.threads import all_done
+
+    all_done()
+
+
 @pytest.fixture
 def databases(pytestconfig: pytest.Config) -> Databases:
     return pytestconfig.stash[_run].databases

@@ -31,7 +31,7 @@ from parallel_orm import ParallelQuerySet
 from parallel_orm.connections import lender
 from parallel_orm.executors.threads import BackgroundThreads
 from tests.asynchronous import run
-from tests.test_background import WAIT, _nothing_is_left_running, articles, busy, hold_all_threads, met  # noqa: F401
+from tests.test_background import WAIT, articles, busy, hold_all_threads, met  # noqa: F401
 from tests.testapp.models import Article, Author
 
 

@@ -67,17 +67,6 @@ def hold_all_threads(gate):
     return held
 
 
-@pytest.fixture(autouse=True)
-def _nothing_is_left_running():
-    """What a test started and never used is done before the next one begins."""
-    yield
-    gate = threading.Event()
-    held = hold_all_threads(gate)
-    gate.set()
-    for future in held:
-        future.result(WAIT)
-
-
 @pytest.fixture
 def busy():
     """All background threads at a gate: whatever is started now is not begun. Yields what opens the gate."""

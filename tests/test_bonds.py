@@ -39,10 +39,10 @@ from django.test.utils import CaptureQueriesContext
 
 from parallel_orm.bonds import FREE, bonds_of
 from parallel_orm.statements import Bond, bond_of, bond_of_function
-from tests.test_background import WAIT, _nothing_is_left_running, articles, busy, landed
+from tests.test_background import WAIT, articles, busy, landed
 from tests.testapp.models import Article, Author, Everything, Lease, Tag
 
-__all__ = ["_nothing_is_left_running", "articles", "busy"]  # fixtures
+__all__ = ["articles", "busy"]  # fixtures
 
 POSTGRES = pytest.mark.parametrize("alias", [pytest.param("postgres", marks=pytest.mark.postgres)], indirect=True)
 

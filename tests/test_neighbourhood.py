@@ -25,10 +25,10 @@ from django.utils import timezone
 
 from parallel_orm import errors
 from parallel_orm.connections import lender
-from tests.test_background import WAIT, _nothing_is_left_running, busy, hold_all_threads, landed
+from tests.test_background import WAIT, busy, hold_all_threads, landed
 from tests.testapp.models import Article
 
-__all__ = ["_nothing_is_left_running", "busy"]  # fixtures
+__all__ = ["busy"]  # fixtures
 
 
 @pytest.fixture

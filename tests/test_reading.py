@@ -20,11 +20,11 @@ from parallel_orm.connections import lender
 from parallel_orm.statements import bond_of
 from parallel_orm.watch import Reading
 from tests.asynchronous import run as run_async
-from tests.test_background import WAIT, _nothing_is_left_running, articles, busy, landed
+from tests.test_background import WAIT, articles, busy, landed
 from tests.test_transactions import POSTGRES, execute, others_commit
 from tests.testapp.models import Article, Author, Tag
 
-__all__ = ["_nothing_is_left_running", "articles", "busy"]  # fixtures
+__all__ = ["articles", "busy"]  # fixtures
 
 
 def tried(queryset: Any) -> Any:

@@ -23,6 +23,7 @@ from parallel_orm.chores import chores
 from tests.asynchronous import run as run_async
 from tests.test_background import hold_all_threads
 from tests.testapp.models import Article, Author, Tag
+from tests.threads import all_done
 
 WAIT = 30
 
@@ -488,7 +489,7 @@ def test_a_read_in_the_background_is_started_and_finished(articles, alias):
     with Observed() as seen:
         wait, use = rows(articles)
         wait(), use(), use()
-        drained()
+        all_done()  # the answer is there before it is told of
     assert seen.kinds == seen.counted == {"started": 1, "finished": 1}
     finished = seen.of("finished")
     assert (finished.verb, finished.model, finished.alias, finished.reason) == ("fetch", Article, alias, None)
@@ -520,6 +521,7 @@ def test_a_failed_read_is_told_of_with_its_error(articles):
     with Observed() as seen:
         wait, use = broken(articles)
         wait(), use()
+        all_done()
     assert seen.kinds == seen.counted == {"started": 1, "failed": 1}
     assert isinstance(seen.of("failed").error, DatabaseError)
 
@@ -538,6 +540,7 @@ def test_what_was_never_used_is_told_of_once(articles):
         wait, use = rows(articles.all())
         wait()
         del wait, use
+        all_done()
         drained()
     assert seen.kinds == seen.counted == {"started": 1, "finished": 1, "abandoned": 1}
     with Observed() as seen:
@@ -545,6 +548,7 @@ def test_what_was_never_used_is_told_of_once(articles):
         landed(pending)
         pending.cancel()
         del pending
+        all_done()
         drained()
     assert seen.kinds == {"started": 1, "finished": 1, "abandoned": 1}
 

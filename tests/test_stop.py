@@ -31,7 +31,7 @@ from parallel_orm.chores import chores
 from parallel_orm.connections import lender
 from parallel_orm.executors.threads import background_threads
 from tests.testapp.models import Article, Author, Tag
-from tests.threads import submit
+from tests.threads import all_done, submit
 
 WAIT = 30
 
@@ -136,6 +136,7 @@ def all_threads_free():
     together = threading.Barrier(threads.number)
     for future in [submit(together.wait, WAIT) for _ in range(threads.number)]:
         future.result(WAIT)
+    all_done()
 
 
 def others_connected(alias):

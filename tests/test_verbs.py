@@ -24,7 +24,7 @@ from django.test.utils import CaptureQueriesContext
 
 import parallel_orm
 from parallel_orm import ParallelQuerySet, Pending, errors
-from tests.test_background import WAIT, _nothing_is_left_running, articles, busy, landed, met  # noqa: F401
+from tests.test_background import WAIT, articles, busy, landed, met  # noqa: F401
 from tests.testapp.models import Article, Author, Label, Note, PlainArticle, Tag
 
 

@@ -1,8 +1,10 @@
 """Gives the background threads something to do, and waits for it."""
 
+import threading
+import time
 from concurrent.futures import Future
 
-from parallel_orm.executors.threads import background_threads
+from parallel_orm.executors import threads
 
 
 def submit(function, *args):
@@ -15,5 +17,17 @@ def submit(function, *args):
         except BaseException as error:
             future.set_exception(error)
 
-    background_threads().put(call)
+    threads.background_threads().put(call)
     return future
+
+
+def all_done():
+    """Return when the background threads have done all that was asked of them.
+
+    An answer is there a moment before its thread is free. Who starts a read in that moment finds the thread busy: it
+    is taken by whoever needs it then, on their own connection, and is bound by no deadline.
+    """
+    pool, end = threads._pool, time.monotonic() + 30
+    while pool is not None and pool._asked:
+        assert time.monotonic() < end, "a background thread is held"
+        threading.Event().wait(0.001)
