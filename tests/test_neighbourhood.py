@@ -467,7 +467,9 @@ def test_advisory_locks(postgres):
     )
     say(postgres, "SELECT pg_advisory_lock(42)")
     started = free.values_list("free", flat=True).start_fetch()
-    assert (list(started), started.background["fetch"].reason) == ([True], "session")
+    assert (list(started), started.background["fetch"].reason) == ([True], "writes")
+    counted = Article.objects.using(postgres).start_count()
+    assert (counted.count(), counted.background["count"].reason) == (1, "session")
     with pytest.raises(errors.ParallelORMError, match="session"):
         list(free.parallel_map(name_of, threads=2))
 
