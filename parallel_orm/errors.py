@@ -141,6 +141,10 @@ def not_an_integer(name: str, value: object) -> InvalidOption:
     return InvalidOption(f"{name} must be a whole number of at least 1, or None for the default, not {value!r}.")
 
 
+def not_a_bool(name: str, value: object) -> InvalidOption:
+    return InvalidOption(f"{name} must be True or False, not {value!r}.")
+
+
 def not_callable(value: object) -> InvalidOption:
     return InvalidOption(f"The function must be a plain callable of one row, not {value!r}.")
 
@@ -181,6 +185,13 @@ def missing_tqdm() -> MissingExtra:
 
 def unsupported(verb: str, model: str, problem: str, instead: str) -> UnsupportedQuerySet:
     return UnsupportedQuerySet(f"{verb}() cannot serve this queryset of {model}: {problem}. {instead}")
+
+
+def no_snapshot(verb: str, alias: str, vendor: str) -> UnsupportedQuerySet:
+    return UnsupportedQuerySet(
+        f"{verb}(consistent=True) needs a snapshot that several connections can read. PostgreSQL has them; {alias!r} is "
+        f"{vendor}. Leave consistent=True out, or loop over iterator()."
+    )
 
 
 def refused_in_transaction(verb: str, alias: str, why: str) -> TransactionRefused:

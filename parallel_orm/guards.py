@@ -128,6 +128,13 @@ def where_to_map(verb: str, queryset: Rows) -> tuple[str | None, Session]:
     return None, session
 
 
+def refuse_without_snapshots(verb: str, alias: str) -> None:
+    """Refuse ``consistent=True`` where no snapshot can be had."""
+    vendor = connection_for(alias).vendor
+    if vendor != "postgresql":
+        raise errors.no_snapshot(verb, alias, vendor)
+
+
 def refuse_locks(verb: str, queryset: Rows) -> None:
     if queryset.query.select_for_update:
         raise errors.unsupported(

@@ -14,7 +14,7 @@ from __future__ import annotations
 import operator
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from django.db.models import QuerySet
@@ -59,6 +59,8 @@ class Plan:
     inline: str | None = None
     #: What the workers' connections must be given.
     session: Session = NOTHING
+    #: Whether all of it is read as of one moment.
+    consistent: bool = False
     alias: str = ""
     #: The method that was called, for what is refused later.
     verb: str = ""
@@ -163,9 +165,18 @@ def plan_whole(queryset: Rows, work: Work) -> Task:
 
 def plan_walk(queryset: Rows, options: Options, verb: str = "chunked_iterator") -> Plan:
     """Plan a walk: one chunk after the other, on the caller's connection, in the order of the queryset."""
-    size = options.rows_per_chunk(WALK_CHUNK_SIZE)
     guards.connection_for(queryset.db)
     queryset = at(queryset, queryset.db)
+    if not options.consistent:
+        return _cut_walk(verb, queryset, options)
+    guards.refuse_without_snapshots(verb, queryset.db)
+    inline, session = guards.where_to_map(verb, queryset)
+    guards.refuse_locks(verb, queryset)
+    return replace(_cut_walk(verb, queryset, options), session=session, consistent=inline != "testcase")
+
+
+def _cut_walk(verb: str, queryset: Rows, options: Options) -> Plan:
+    size = options.rows_per_chunk(WALK_CHUNK_SIZE)
     guards.refuse_uncuttable(verb, queryset)
     if why := _why_keys(queryset):
         return _keys_plan(verb, queryset, size, why)
@@ -192,11 +203,18 @@ def plan_walk(queryset: Rows, options: Options, verb: str = "chunked_iterator") 
 
 def plan_map(verb: str, queryset: Rows, options: Options) -> Plan:
     """Plan a map: chunks in any order, results in the order of the queryset."""
-    size = options.rows_per_chunk(MAP_CHUNK_SIZE)
     guards.connection_for(queryset.db)
     queryset = at(queryset, queryset.db)
+    if options.consistent:
+        guards.refuse_without_snapshots(verb, queryset.db)
     inline, session = guards.where_to_map(verb, queryset)
     guards.refuse_locks(verb, queryset)
+    plan = _cut_map(verb, queryset, options, inline, session)
+    return replace(plan, consistent=options.consistent and inline != "testcase")
+
+
+def _cut_map(verb: str, queryset: Rows, options: Options, inline: str | None, session: Session) -> Plan:
+    size = options.rows_per_chunk(MAP_CHUNK_SIZE)
     guards.refuse_uncuttable(verb, queryset)
     if why := _why_keys(queryset):
         return _keys_plan(verb, queryset, size, why, inline, session)

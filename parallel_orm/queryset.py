@@ -24,6 +24,7 @@ from parallel_orm.prefetch import prefetch_side_by_side
 from parallel_orm.progress import listener_for, told
 from parallel_orm.reads import running
 from parallel_orm.report import Report, Results
+from parallel_orm.snapshots import snapshot_of
 from parallel_orm.task import Apply, Work
 from parallel_orm.walk import awaited, awaited_one_by_one, one_by_one, walk
 
@@ -373,7 +374,7 @@ class ParallelQuerySet(_Startable, QuerySet[M, Row]):
         """As Django's ``raw()``; what it returns can ``start_fetch()``, and refuses the other verbs."""
         return ParallelRawQuerySet.of(super().raw(*args, **kwargs))
 
-    def chunked_iterator(self, chunk_size: int | None = None) -> Iterator[Row]:
+    def chunked_iterator(self, chunk_size: int | None = None, *, consistent: bool = False) -> Iterator[Row]:
         """Walk the rows of ``list(self)``, in its order, in memory for two chunks, however many there are.
 
         Reads chunk by chunk on the caller's connection, in its transaction if it is in one, each chunk by a query of
@@ -392,29 +393,32 @@ class ParallelQuerySet(_Startable, QuerySet[M, Row]):
         comes. A row whose ordering columns are changed meanwhile may come twice or not at all.
 
         :param chunk_size: rows a chunk, 2,000 by default. A chunk may be larger where a join repeats rows.
+        :param consistent: True: all rows as of the first ``next()``, whatever others write. PostgreSQL only; a
+            transaction on a connection of its own stays open for the length of the walk.
         :returns: an iterator; nothing is asked before its first ``next()``, then one query for the last key (two where
             the first column of the order may be NULL) and one for each chunk; two for each where rows do not bring
             their key. For what is cut by a list of keys, one query for the list and one for each chunk.
         :raises parallel_orm.errors.UnsupportedQuerySet: the queryset cannot be walked truthfully: windows, an order at
             random, a union of other things than instances, groups in an order that cannot be held.
+        :raises parallel_orm.errors.TransactionRefused: ``consistent=True`` in a transaction that has written.
         :raises parallel_orm.errors.InvalidOption: ``chunk_size`` is no whole number of at least 1.
         """
-        return one_by_one(self._walk("chunked_iterator", chunk_size))
+        return one_by_one(self._walk("chunked_iterator", chunk_size, consistent))
 
-    def chunks(self, chunk_size: int | None = None) -> Iterator[list[Row]]:
+    def chunks(self, chunk_size: int | None = None, *, consistent: bool = False) -> Iterator[list[Row]]:
         """Walk as :meth:`chunked_iterator` does, and return the rows of each chunk as a list. No list is empty."""
-        return self._walk("chunks", chunk_size)
+        return self._walk("chunks", chunk_size, consistent)
 
-    def achunked_iterator(self, chunk_size: int | None = None) -> AsyncIterator[Row]:
+    def achunked_iterator(self, chunk_size: int | None = None, *, consistent: bool = False) -> AsyncIterator[Row]:
         """Walk as :meth:`chunked_iterator` does, for ``async for``; chunks are read in the thread of async code."""
-        return awaited_one_by_one(self._walk("achunked_iterator", chunk_size))
+        return awaited_one_by_one(self._walk("achunked_iterator", chunk_size, consistent))
 
-    def achunks(self, chunk_size: int | None = None) -> AsyncIterator[list[Row]]:
+    def achunks(self, chunk_size: int | None = None, *, consistent: bool = False) -> AsyncIterator[list[Row]]:
         """Walk as :meth:`chunks` does, for ``async for``."""
-        return awaited(self._walk("achunks", chunk_size))
+        return awaited(self._walk("achunks", chunk_size, consistent))
 
-    def _walk(self, verb: str, chunk_size: int | None) -> Generator[list[Row]]:
-        return walk(plan_walk(self, Options(chunk_size=chunk_size), verb))
+    def _walk(self, verb: str, chunk_size: int | None, consistent: bool) -> Generator[list[Row]]:
+        return walk(plan_walk(self, Options(chunk_size=chunk_size, consistent=consistent), verb))
 
     def parallel_map(
         self,
@@ -425,6 +429,7 @@ class ParallelQuerySet(_Startable, QuerySet[M, Row]):
         chunk_size: int | None = None,
         ordered: bool = True,
         progress: Progress = None,
+        consistent: bool = False,
     ) -> Results[Result]:
         """Call ``fn`` with every row, on all cores, and return the results.
 
@@ -445,6 +450,8 @@ class ParallelQuerySet(_Startable, QuerySet[M, Row]):
         :param ordered: True: the results of ``[fn(row) for row in self]``, in that order. False: as chunks come in.
         :param progress: True for a bar with rate and time left (the ``progress`` extra), or a callable that is told
             ``(done_rows, total_rows)``. Costs one count.
+        :param consistent: True: all rows as of this call, whatever others write meanwhile; what ``fn`` asks the database
+            itself is as of then. PostgreSQL only: the workers share an exported snapshot, held on one connection more.
         :returns: a list with a ``report``. Two queries a chunk, one for its end and one for its rows; one for its rows
             alone where the queryset is sliced or ordered otherwise than by primary key, with one for all keys.
         :raises Exception: whatever ``fn`` raises first, with its type, notes that name the chunk and the primary key,
@@ -458,21 +465,22 @@ class ParallelQuerySet(_Startable, QuerySet[M, Row]):
         Not promised: a snapshot. Chunks are read one after the other; a row that is changed meanwhile comes as it is
         when its chunk is read. Context variables of the caller's own reach threads, but not processes.
         """
-        options = Options(chunk_size, processes, threads, ordered, progress).with_workers()
+        options = Options(chunk_size, processes, threads, ordered, progress, consistent).with_workers()
         function: object = fn
         if not callable(function) or iscoroutinefunction(function):
             raise errors.not_callable(fn)
         plan = plan_map("parallel_map", self, options)
-        job = plan.job(Apply(fn))
         report = Report(reason=plan.inline)
-        with (
-            listener_for(progress, job.label) as listener,
-            workers_for(job, options, inline=plan.inline) as workers,
-        ):
-            window = Window(workers.window)
-            with closing(dispatch(plan.chunks(), workers.send, window, label=job.label)) as outcomes:
-                watched = told(report.watch(outcomes), listener, plan.count)
-                return Results(gather.listed(watched, window, ordered=ordered), report)
+        with snapshot_of(plan.alias, plan.session, wanted=plan.consistent) as snapshot:
+            job = plan.job(Apply(fn, snapshot.name))
+            with (
+                listener_for(progress, job.label) as listener,
+                workers_for(job, options, inline=plan.inline) as workers,
+            ):
+                window, chunks = Window(workers.window), snapshot.within(plan.chunks())
+                with closing(dispatch(chunks, workers.send, window, label=job.label)) as outcomes:
+                    watched = told(report.watch(outcomes), listener, plan.count)
+                    return Results(gather.listed(watched, window, ordered=ordered), report)
 
     def explain_plan(self, chunk_size: int | None = None, *, ordered: bool = True, walk: bool = False) -> Plan:
         """Return the plan that :meth:`parallel_map` would follow; ``str()`` of it tells how it is cut, and why.

@@ -17,6 +17,7 @@ from itertools import count
 from typing import Any, Protocol
 
 import cloudpickle
+from django.db import connections
 from django.db.models import QuerySet
 from django.utils.connection import ConnectionProxy
 
@@ -55,9 +56,9 @@ class Work(Protocol):
         """Return the value of the chunk, and how many rows it read."""
 
 
-def fetch(rows: Rows, clock: Stopwatch) -> tuple[list[Any], int]:
-    """The rows themselves, as a list."""
-    with clock("database"):
+def fetch(rows: Rows, clock: Stopwatch, snapshot: str | None = None) -> tuple[list[Any], int]:
+    """The rows themselves, as a list; as of a snapshot that another connection holds, or of now."""
+    with clock("database"), Session(snapshot=snapshot).restored(connections[rows.db], reading=True):
         fetched = list(made_fast(rows))
     return fetched, len(fetched)
 
@@ -67,9 +68,11 @@ class Apply:
     """A function's result for each row, as a list."""
 
     function: Callable[[Any], Any]
+    #: Of what moment the rows are. The function itself sees now.
+    snapshot: str | None = None
 
     def __call__(self, rows: Rows, clock: Stopwatch) -> tuple[list[Any], int]:
-        fetched, number = fetch(rows, clock)
+        fetched, number = fetch(rows, clock, self.snapshot)
         results: list[Any] = []
         function = self.function
         with clock("function"):

@@ -9,24 +9,26 @@ from typing import Any
 from asgiref.sync import sync_to_async
 
 from parallel_orm.plan import Plan
+from parallel_orm.snapshots import snapshot_of
 from parallel_orm.task import Task, fetch
 
 
 def walk(plan: Plan) -> Generator[list[Any]]:
     """Yield the rows of each chunk, read when it is asked for, on the connection of whoever asks."""
-    job = plan.job(fetch)
-    chunks = plan.chunks()
-    chunk = next(chunks, None)
-    while chunk is not None:
-        outcome = Task(job, chunk).run()
-        rows = outcome.result()
-        chunk = outcome.rest
-        del outcome
-        if rows:
-            yield rows
-        del rows  # before the next ones are made
-        if chunk is None:
-            chunk = next(chunks, None)
+    with snapshot_of(plan.alias, plan.session, wanted=plan.consistent) as snapshot:
+        job, chunks = plan.job(fetch), snapshot.within(plan.chunks())
+        chunk = next(chunks, None)
+        while chunk is not None:
+            with snapshot.here():
+                outcome = Task(job, chunk).run()
+            rows = outcome.result()
+            chunk = outcome.rest
+            del outcome
+            if rows:
+                yield rows
+            del rows  # before the next ones are made
+            if chunk is None:
+                chunk = next(chunks, None)
 
 
 def one_by_one(chunks: Generator[list[Any]]) -> Generator[Any]:
