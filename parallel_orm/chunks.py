@@ -46,7 +46,7 @@ class Chunk:
             return queryset.filter(pk__in=self.keys)
         if keyset is None:
             return queryset
-        narrowed = keyset.order(queryset).filter(keyset.between(self.after, self.until))
+        narrowed = keyset.part(queryset, self.after, self.until)
         return narrowed if self.limit is None else narrowed[: self.limit]
 
     def rest(self, last: Key) -> Chunk | None:

@@ -189,8 +189,8 @@ def unsupported(verb: str, model: str, problem: str, instead: str) -> Unsupporte
 
 def no_snapshot(verb: str, alias: str, vendor: str) -> UnsupportedQuerySet:
     return UnsupportedQuerySet(
-        f"{verb}(consistent=True) needs a snapshot that several connections can read. PostgreSQL has them; {alias!r} is "
-        f"{vendor}. Leave consistent=True out, or loop over iterator()."
+        f"{verb}(consistent=True) needs a snapshot that several connections can read. PostgreSQL has them; "
+        f"{alias!r} is {vendor}. Leave consistent=True out, or loop over iterator()."
     )
 
 

@@ -86,16 +86,27 @@ class Keyset:
         ordered.query.standard_ordering = True  # a reverse() is already in the terms
         return ordered
 
-    def keys_of(self, queryset: Rows) -> Any:
-        """Return the keys of the rows of a queryset, in this order."""
+    def part(self, queryset: Rows, after: Key | None, until: Key | None) -> Rows:
+        """Return what of a queryset stands behind ``after``, and before ``until`` or on it, in this order."""
+        ordering = self
+        if self._is_null_in(after, until) and not self.tail:  # there the first column orders nothing
+            ordering = replace(self, terms=self.terms[1:])
+        return ordering.order(queryset).filter(self.between(after, until))
+
+    def keys_of(self, ordered: Rows) -> Any:
+        """Return the keys of a queryset that :meth:`order` or :meth:`part` made."""
         names = dict(self.computed)
-        return self.order(queryset).values_list(*(F(path) if path in names else path for path in self.paths))
+        return ordered.values_list(*(F(path) if path in names else path for path in self.paths))
+
+    def _is_null_in(self, after: Key | None, until: Key | None) -> bool:
+        """Tell whether the first column is NULL in all rows between these keys."""
+        return self.terms[0].nullable and after is not None and until is not None and after[0] is None is until[0]
 
     def between(self, after: Key | None, until: Key | None) -> Q:
         """Rows that stand behind the key ``after``, and before the key ``until`` or on it; None: open on that side."""
         first, *others = self.terms
         keyset = self
-        if first.nullable and after is not None and until is not None and after[0] is None is until[0]:
+        if after and until and self._is_null_in(after, until):
             rest = replace(self, terms=tuple(others))
             return first.same(None) & rest.between(after[1:], until[1:])
         bound = until if first.nulls_last else after

@@ -14,7 +14,7 @@ from __future__ import annotations
 import operator
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from django.db.models import QuerySet
@@ -24,7 +24,8 @@ from django.db.models.sql import Query
 
 from parallel_orm import cutting, errors, guards
 from parallel_orm.chunks import Chunk
-from parallel_orm.identity import VALUES, column_name, fields_of, identity_of
+from parallel_orm.explain import Access, access_of, has_index_for
+from parallel_orm.identity import VALUES, column_name, fields_of, identity_of, is_grouped
 from parallel_orm.keyset import Key, Keyset, carried, primary_key
 from parallel_orm.options import MAP_CHUNK_SIZE, WALK_CHUNK_SIZE, Options
 from parallel_orm.ordering import NotAKeyset, effective_ordering, is_random, keyset_of, parts
@@ -41,7 +42,7 @@ class Plan:
     """How a queryset is cut into chunks. Asks the database nothing until its chunks are taken."""
 
     #: What the chunks are parts of, as it is narrowed for each.
-    queryset: Rows
+    queryset: Rows = field(repr=False)
     cut: Cut
     #: Why this cut.
     why: str
@@ -52,7 +53,7 @@ class Plan:
     #: Reads the key of a row, for pages.
     key_of: Callable[[Any], Key] | None = None
     #: The queryset as it was asked for, to list its keys from.
-    source: Rows | None = None
+    source: Rows | None = field(default=None, repr=False)
     #: Whether that list must be looked through for rows that a join repeats.
     may_repeat: bool = False
     #: Why the work stays in this process, or None.
@@ -81,10 +82,14 @@ class Plan:
 
     def count(self) -> int:
         """Count the rows, for a progress bar. One query."""
-        return bare(self.source if self.source is not None else self.queryset, self.alias).count()
+        return self._all_rows().count()
 
     def _keys(self, keyset: Keyset) -> Any:
-        return keyset.keys_of(bare(self.queryset, self.alias))
+        return keyset.keys_of(keyset.order(bare(self.queryset, self.alias)))
+
+    def _keys_between(self, after: Key | None, until: Key | None) -> Any:
+        assert self.keyset is not None
+        return self.keyset.keys_of(self.keyset.part(bare(self.queryset, self.alias), after, until))
 
     def _ends(self) -> list[Key]:
         """Return the last key; before it the last one on the hither side of the NULLs, where a column may have them.
@@ -100,10 +105,7 @@ class Plan:
         return ends
 
     def _jump(self, after: Key | None, last: Key, size: int) -> Key | None:
-        keyset = self.keyset
-        assert keyset is not None
-        ahead = self._keys(keyset).filter(keyset.between(after, last))
-        key = next((carried(key) for key in ahead[size - 1 : size]), None)
+        key = next((carried(key) for key in self._keys_between(after, last)[size - 1 : size]), None)
         if key is not None and key == after:  # it would be found for ever
             raise errors.unsupported(
                 self.verb,
@@ -114,26 +116,109 @@ class Plan:
         return key
 
     def _list_keys(self) -> Sequence[Any]:
-        assert self.source is not None
-        keys = compact(bare(self.source, self.alias).values_list("pk", flat=True))
+        keys = compact(self._listing())
         if self.may_repeat and len(set(keys)) != len(keys):
             raise repeated_rows(self.verb, self.queryset)
         return keys
 
+    # --- What it tells of itself ----------------------------------------------------------
+
+    @property
+    def estimated_rows(self) -> int:
+        """How many rows the database expects. Asks it, by ``EXPLAIN``; SQLite by a count."""
+        return access_of(self._all_rows()).rows
+
+    @property
+    def estimated_chunks(self) -> int:
+        """How many chunks these make."""
+        return -(-self.estimated_rows // self.chunk_size)
+
+    @property
+    def fallback(self) -> str:
+        """What would be done instead where this cut cannot be had."""
+        return FALLBACKS[self.cut]
+
+    @property
+    def access(self) -> Access:
+        """How the database comes by one chunk; by the list, of a cut by keys. Asks it."""
+        if self.cut == "keys":
+            return access_of(self._listing())
+        return access_of(self._second_chunk(*self._outer_keys()))
+
+    @property
+    def warnings(self) -> list[str]:
+        """What makes this plan slow, or its chunks uneven. Asks the database."""
+        found: list[str] = []
+        keyset, queryset = self.keyset, bare(self.queryset, self.alias)
+        if self.access.sorts and (keyset is None or not has_index_for(queryset, keyset)):
+            each = "the list of keys is sorted" if self.cut == "keys" else "each chunk sorts all rows that are left"
+            found.append(f"no index for this order: {each}")
+        if self.cut != "keys" and not identity_of(self.queryset) and guards.joins_of(self.queryset).repeat_rows:
+            found.append("skew: a join may repeat rows, whose appearances are never parted; chunks may be larger")
+        if self.cut != "keys" and is_grouped(self.queryset.query):
+            found.append("skew: rows are groups, and a chunk of many large ones is as much to read as all of them have")
+        if self.cut != "keys" and keyset is not None and keyset.is_primary_key and (share := self._share_of_range()):
+            found.append(f"skew: the keys fill {share:.1%} of their range; chunks are even all the same")
+        return found
+
+    def _all_rows(self) -> Rows:
+        return bare(self.queryset if self.source is None else self.source, self.alias)
+
+    def _listing(self) -> Any:
+        return self._all_rows().values_list("pk", flat=True)
+
+    def _outer_keys(self) -> tuple[Key | None, Key | None]:
+        assert self.keyset is not None
+        first = next((carried(key) for key in self._keys(self.keyset)[:1]), None)
+        return first, next(reversed(self._ends()), None)
+
+    def _second_chunk(self, after: Key | None, until: Key | None) -> Any:
+        assert self.keyset is not None
+        if self.cut == "pages":
+            chunk = Chunk(1, self.alias, after=after, until=until, limit=self.chunk_size)
+            return chunk.narrow(bare(self.queryset, self.alias), self.keyset)
+        return self._keys_between(after, until)[: self.chunk_size]
+
+    def _share_of_range(self) -> float | None:
+        """Return how much of the range of integer keys there is, where that is little."""
+        outer = self._outer_keys()
+        if not all(key is not None and len(key) == 1 and type(key[0]) is int for key in outer):
+            return None
+        (first,), (last,) = outer  # type: ignore[misc]
+        share = self.estimated_rows / (abs(last - first) + 1)
+        return share if share < FULL else None
+
     def __str__(self) -> str:
-        model = self.queryset.model._meta.label
-        order = (
-            ", ".join(("-" if t.descending else "") + t.path for t in self.keyset.terms) if self.keyset else "its own"
-        )
+        """Tell all of it. Asks the database for its estimates, at the time of this call."""
+        terms = [] if self.keyset is None else self.keyset.terms
+        names = dict(self.keyset.computed) if self.keyset else {}
+        order = ", ".join(("-" if term.descending else "") + str(names.get(term.path, term.path)) for term in terms)
+        rows, access = self.estimated_rows, self.access
         lines = [
-            f"Plan for {model} on {self.alias!r}",
-            f"  cut:    {self.cut} of {self.chunk_size} rows",
-            f"  why:    {self.why}",
-            f"  order:  {order}",
+            f"Plan for {self.queryset.model._meta.label} on {self.alias!r}",
+            f"  cut:      {self.cut} of {self.chunk_size} rows",
+            f"  why:      {self.why}",
+            f"  order:    {order or 'its own'}",
+            f"  expected: {rows} rows in {-(-rows // self.chunk_size)} chunks",
+            f"  index:    {', '.join(access.indexes) or 'none'}{', and a sort' if access.sorts else ''}",
+            f"  fallback: {self.fallback}",
         ]
+        if self.consistent:
+            lines.append("  as of:    one moment, by an exported snapshot")
         if self.inline:
-            lines.append(f"  where:  in this process ({self.inline})")
+            lines.append(f"  where:    in this process ({self.inline})")
+        lines += [f"  warning:  {warning}" for warning in self.warnings]
         return "\n".join(lines)
+
+
+#: What is done where a cut cannot be had.
+FALLBACKS: dict[Cut, str] = {
+    "pages": "ranges, where rows do not bring their key: one look-up of a bound more a chunk",
+    "ranges": "a list of primary keys, where an order cannot be compared column by column",
+    "keys": "none: what cannot be listed by primary key is refused",
+}
+#: The share of a range of integer keys below which it is worth a warning.
+FULL = 0.5
 
 
 def bare(queryset: Rows, alias: str) -> Rows:

@@ -450,8 +450,8 @@ class ParallelQuerySet(_Startable, QuerySet[M, Row]):
         :param ordered: True: the results of ``[fn(row) for row in self]``, in that order. False: as chunks come in.
         :param progress: True for a bar with rate and time left (the ``progress`` extra), or a callable that is told
             ``(done_rows, total_rows)``. Costs one count.
-        :param consistent: True: all rows as of this call, whatever others write meanwhile; what ``fn`` asks the database
-            itself is as of then. PostgreSQL only: the workers share an exported snapshot, held on one connection more.
+        :param consistent: True: all rows as of this call, whatever others write meanwhile; what ``fn`` itself asks is
+            as of then. PostgreSQL only: the workers share an exported snapshot, held on one connection more.
         :returns: a list with a ``report``. Two queries a chunk, one for its end and one for its rows; one for its rows
             alone where the queryset is sliced or ordered otherwise than by primary key, with one for all keys.
         :raises Exception: whatever ``fn`` raises first, with its type, notes that name the chunk and the primary key,
@@ -485,7 +485,10 @@ class ParallelQuerySet(_Startable, QuerySet[M, Row]):
     def explain_plan(self, chunk_size: int | None = None, *, ordered: bool = True, walk: bool = False) -> Plan:
         """Return the plan that :meth:`parallel_map` would follow; ``str()`` of it tells how it is cut, and why.
 
-        Makes no query of its own. Raises what ``parallel_map`` would.
+        ``print(queryset.explain_plan())`` tells the cut and the reason for it, how many chunks and rows the database
+        expects, the index that it would use, what is done where this cut cannot be had, and warns where an order has no
+        index, or where chunks may come out uneven. This call makes no query; ``str()`` of the plan makes a few quick
+        ones (on SQLite a count). Raises what ``parallel_map`` would.
 
         :param walk: return that of :meth:`chunked_iterator` instead.
         """

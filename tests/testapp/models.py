@@ -37,6 +37,20 @@ class Article(models.Model):
     objects = ParallelManager()
 
 
+class Indexed(models.Model):
+    """Has an index for some orders and not for others."""
+
+    name = models.CharField(max_length=50)
+    score = models.IntegerField(null=True, db_index=True)
+    rank = models.IntegerField(db_index=True)
+    other = models.CharField(max_length=50, default="")
+
+    objects = ParallelManager()
+
+    class Meta:
+        indexes = (models.Index(fields=["name", "rank"], name="indexed_name_rank"),)
+
+
 class Label(models.Model):
     """Belongs to a row of any model."""
 
