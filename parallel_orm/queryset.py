@@ -377,11 +377,14 @@ class ParallelQuerySet(_Startable, QuerySet[M, Row]):
     def chunked_iterator(self, chunk_size: int | None = None, *, consistent: bool = False) -> Iterator[Row]:
         """Walk the rows of ``list(self)``, in its order, in memory for two chunks, however many there are.
 
-        Reads chunk by chunk on the caller's connection, in its transaction if it is in one, each chunk by a query of
+        Reads chunk by chunk, on the caller's connection in its transaction if it is in one, each chunk by a query of
         its own that starts where the last one ended: no server-side cursor, no ``OFFSET``. So it works in autocommit,
         behind a pooler in transaction mode, and on databases whose driver would load the whole result.
         ``select_related``, ``prefetch_related`` (a set of prefetches a chunk), ``only``, ``annotate``, ``values`` and
         ``values_list`` are as in the queryset. A slice lists its primary keys first, by Django's ``iterator()``.
+
+        Where the loop takes its time over a chunk, the next one is read meanwhile in the background; not in a
+        transaction, and not once the loop has written: the rows are those that would be read when they are asked for.
 
         Without an order the rows come by primary key (groups by what groups them). Otherwise in the queryset's own
         order, ties broken by primary key. Where that order cannot be compared column by column (an aggregate, a number

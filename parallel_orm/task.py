@@ -148,13 +148,19 @@ class Task:
             # A whole chunk is alone in its job, and the queryset is nobody else's: no copy is needed.
             rows = job.queryset if chunk.is_whole else chunk.narrow(at(job.queryset, chunk.alias), job.keyset)
             value, number = job.work(rows, clock)
-            if chunk.limit is not None and job.key_of is not None and number == chunk.limit:
-                rest = chunk.rest(job.key_of(value[-1]))
+            rest = self.rest_behind(value)
         except BaseException as error:
             if not chunk.is_whole:
                 note(error, f"in {chunk} of {job.label}")
             return Outcome(chunk, error=error, timings=clock.timings, worker=worker)
         return Outcome(chunk, value, rows=number, rest=rest, timings=clock.timings, worker=worker)
+
+    def rest_behind(self, rows: Any) -> Chunk | None:
+        """Return what a page leaves undone behind its last row, or None where it was the last one."""
+        chunk, key_of = self.chunk, self.job.key_of
+        if chunk.limit is None or key_of is None or len(rows) != chunk.limit:
+            return None
+        return chunk.rest(key_of(rows[-1]))
 
     def run_in_thread(self) -> Outcome:
         """Do it in another thread than the caller's: in a copy of the caller's context, on a lent connection."""

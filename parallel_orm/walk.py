@@ -4,31 +4,53 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Generator
 from contextlib import aclosing, closing
+from time import perf_counter
 from typing import Any
 
 from asgiref.sync import sync_to_async
 
+from parallel_orm.ahead import Ahead, helps, may_read_ahead
 from parallel_orm.plan import Plan
 from parallel_orm.snapshots import snapshot_of
 from parallel_orm.task import Task, fetch
 
 
 def walk(plan: Plan) -> Generator[list[Any]]:
-    """Yield the rows of each chunk, read when it is asked for, on the connection of whoever asks."""
+    """Yield the rows of each chunk, read when it is asked for, on the connection of whoever asks.
+
+    The next one is read meanwhile where that is the same, and where the last one took its time to be used.
+    """
+    ahead: Ahead | None = None
+    read, is_quiet = 0.0, True
     with snapshot_of(plan.alias, plan.session, wanted=plan.consistent) as snapshot:
         job, chunks = plan.job(fetch), snapshot.within(plan.chunks())
-        chunk = next(chunks, None)
-        while chunk is not None:
-            with snapshot.here():
-                outcome = Task(job, chunk).run()
-            rows = outcome.result()
-            chunk = outcome.rest
-            del outcome
-            if rows:
-                yield rows
-            del rows  # before the next ones are made
-            if chunk is None:
-                chunk = next(chunks, None)
+        try:
+            chunk, used = next(chunks, None), 0.0
+            while chunk is not None:
+                outcome = None
+                if ahead is not None:
+                    outcome, ahead = ahead.outcome(), None
+                    is_quiet = outcome is not None  # else the loop writes
+                if outcome is None:
+                    began = perf_counter()
+                    with snapshot.here():
+                        outcome = Task(job, chunk).run()
+                    read = perf_counter() - began
+                rows, chunk = outcome.result(), outcome.rest
+                del outcome
+                if is_quiet and helps(read, used) and may_read_ahead(plan):
+                    chunk = chunk or next(chunks, None)
+                    if chunk is not None:
+                        ahead = Ahead(Task(job, chunk))
+                began = perf_counter()
+                if rows:
+                    yield rows
+                del rows  # before the next ones are made
+                used = perf_counter() - began
+                chunk = chunk or next(chunks, None)
+        finally:
+            if ahead is not None:  # the loop was left half-way
+                ahead.drop()
 
 
 def one_by_one(chunks: Generator[list[Any]]) -> Generator[Any]:
