@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, wait
 from queue import SimpleQueue
@@ -39,18 +38,17 @@ def dispatch(
 ) -> Generator[Outcome]:
     """Send each chunk on its way and yield the outcomes as they come in.
 
-    Lazy on both sides: chunks are taken as the window has room, what a chunk left undone goes first. A worker that was
-    lost is an outcome whose error names the chunk. When the caller stops early, what was not begun is cancelled, and
+    Lazy on both sides: chunks are taken as the window has room. A worker that was lost is an outcome whose error names
+    the chunk. When the caller stops early, what was not begun is cancelled, and
     what was begun is waited for: nothing goes on behind the caller's back.
     """
     landed: SimpleQueue[Future[Outcome]] = SimpleQueue()
     flying: dict[Future[Outcome], Chunk] = {}
-    rests: deque[Chunk] = deque()
     try:
         while True:
             while window.has_room:
                 with gate:  # cutting asks the database, while the worker for the last chunk may be forked
-                    chunk = rests.popleft() if rests else next(chunks, None)
+                    chunk = next(chunks, None)
                 if chunk is None:
                     break
                 future = send(chunk)
@@ -61,8 +59,6 @@ def dispatch(
                 return
             future = landed.get()
             outcome = outcome_of(future, flying.pop(future), label)
-            if outcome.rest is not None:
-                rests.append(outcome.rest)
             del future  # it holds the rows, which are the caller's now
             yield outcome
             del outcome

@@ -31,7 +31,7 @@ from parallel_orm import errors, events, guards
 from parallel_orm.bonds import FREE, Bonds
 from parallel_orm.chores import Due, chores
 from parallel_orm.connections import interrupt, lender
-from parallel_orm.executors.threads import background_threads
+from parallel_orm.executors.threads import BackgroundThreads, background_threads
 from parallel_orm.forks import gate
 from parallel_orm.outcomes import Landing, Outcome, Stopwatch, note
 from parallel_orm.plan import plan_whole
@@ -311,7 +311,7 @@ class Read:
         for wake in to_wake:
             wake()
 
-    def _run_there(self) -> None:
+    def _run_there(self, threads: BackgroundThreads) -> None:
         if self._claim.locked():
             return  # the caller was first: no connection need be made ready
         # To its landing at once: a forked child finds either the task or the answer, and a fork that waits for a read
@@ -321,6 +321,7 @@ class Read:
             if task is None:  # it was cancelled
                 return
             outcome = task.job.capsule.run(self._run_on_lent_connection, task)
+            threads.count_as_done()
             if outcome is None:
                 self._leave_over()
             else:

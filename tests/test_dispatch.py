@@ -123,17 +123,6 @@ def test_a_lost_worker_names_its_chunk():
     assert "SIGKILL" in str(outcome.error)
 
 
-def test_what_a_chunk_leaves_undone_goes_first():
-    def send(chunk):
-        future: Future[Outcome] = Future()
-        rest = Chunk(chunk.index + 1, "default", after=(chunk.index,)) if chunk.index < 3 else None
-        future.set_result(Outcome(chunk, [chunk.index], rest=rest))
-        return future
-
-    window = Window(1)
-    assert list(gather.streamed(dispatch(some_chunks(1), send, window), window)) == [0, 1, 2, 3]
-
-
 def test_a_planner_that_fails_half_way_ends_the_call():
     """An error of the planner is raised after the chunks that came before it, and leaves nothing running."""
 

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -291,16 +292,17 @@ def test_functions_of_the_project_that_compute(postgres: str) -> None:
 
 def test_the_clock_is_refused_in_transactions_alone() -> None:
     said: list[Any] = []
+    wrapper: Any = SimpleNamespace(alias="default", vendor="sqlite")
     assert bond_of("SELECT now()") is not None
-    Reading(said, frozenset(), in_transaction=False).hear("default", "SELECT now()")
+    Reading(said, frozenset(), in_transaction=False).hear(wrapper, "SELECT now()")
     reading = Reading(said, frozenset(), in_transaction=True)
-    reading.hear("default", "SELECT 1")
+    reading.hear(wrapper, "SELECT 1")
     with pytest.raises(errors.NotARead):
-        reading.hear("default", "SELECT now()")
+        reading.hear(wrapper, "SELECT now()")
     with pytest.raises(errors.NotARead):
-        reading.hear("default", "SELECT 1")
+        reading.hear(wrapper, "SELECT 1")
     with pytest.raises(errors.NotARead):
-        Reading(said, frozenset(), in_transaction=False).hear("default", None)
+        Reading(said, frozenset(), in_transaction=False).hear(wrapper, None)
 
 
 @POSTGRES

@@ -11,7 +11,7 @@ def submit(function, *args):
     """Have a background thread call this; return its future."""
     future = Future()
 
-    def call():
+    def call(_):
         try:
             future.set_result(function(*args))
         except BaseException as error:

@@ -18,6 +18,9 @@ PATIENCE = 5.0
 
 _logger = logging.getLogger("parallel_orm")
 
+#: What a thread calls, with the pool that it is of.
+Call = Callable[["BackgroundThreads"], object]
+
 
 class BackgroundThreads:
     """Threads that call what is put to them, first come, first served, and tell how much is asked of them.
@@ -29,7 +32,9 @@ class BackgroundThreads:
 
     def __init__(self, number: int) -> None:
         self.number = number
-        self._calls: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
+        self._calls: SimpleQueue[Call | None] = SimpleQueue()
+        # Of each thread: whether the call that it is at has been counted as done.
+        self._state = threading.local()
         self._threads: list[threading.Thread] = []
         # Guards what is below.
         self._lock = threading.Lock()
@@ -47,8 +52,8 @@ class BackgroundThreads:
         """Whether for each of them something waits already: what comes now is needed before its turn comes."""
         return self._asked >= 2 * self.number
 
-    def put(self, call: Callable[[], object]) -> None:
-        """Have this called soon, by one of the threads; what it raises is logged.
+    def put(self, call: Call) -> None:
+        """Have this called soon, by one of the threads, with this pool; what it raises is logged.
 
         :raises RuntimeError: there are no threads any more, or yet: the interpreter ends.
         """
@@ -59,6 +64,13 @@ class BackgroundThreads:
                 self._start_one()
             self._asked += 1
         self._calls.put(call)
+
+    def count_as_done(self) -> None:
+        """Count the call that this thread is at as done: it is about to tell somebody, who may want the thread."""
+        if not self._state.is_counted:
+            self._state.is_counted = True
+            with self._lock:
+                self._asked -= 1
 
     def close(self) -> None:
         """Have the threads end when they have done what was put to them."""
@@ -86,13 +98,13 @@ class BackgroundThreads:
 
     def _work(self) -> None:
         while (call := self._calls.get()) is not None:
+            self._state.is_counted = False
             try:
-                call()
+                call(self)
             except BaseException:
                 _logger.critical("a background thread was handed something that failed", exc_info=True)
             del call  # else it is kept until the next one comes
-            with self._lock:
-                self._asked -= 1
+            self.count_as_done()
 
 
 # Guards the pool below: two threads that need it first must not make two.
