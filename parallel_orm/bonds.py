@@ -111,8 +111,6 @@ def _push_query(query: Any, stack: list[Any]) -> None:
         stack += query.model._meta.ordering or ()
     if query.select:
         stack += query.select
-    if query.group_by.__class__ is tuple:
-        stack += query.group_by
     if query.combined_queries:
         stack += query.combined_queries
     if query._filtered_relations:

@@ -157,9 +157,9 @@ class Watch:
         if self._is_opening():
             return
         if trace.savepoint:
+            self.settle(wait=False, only=lambda read: read.session.ends_with_transaction)
             if text is not None and "rollback" in text.lower():
                 self.turn += 1
-            self.settle(wait=False, only=lambda read: read.session.ends_with_transaction)
         elif text is None or not only_reads(text):
             self._unwritten = None
             if not trace.level:  # a read that was run here before it would be in its way

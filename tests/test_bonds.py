@@ -14,6 +14,7 @@ from django.db.models import (
     BigIntegerField,
     BooleanField,
     Case,
+    CharField,
     Count,
     DateTimeField,
     Exists,
@@ -28,6 +29,7 @@ from django.db.models import (
     Q,
     Subquery,
     TextField,
+    Transform,
     Value,
     When,
     Window,
@@ -40,7 +42,7 @@ from django.test.utils import CaptureQueriesContext
 from parallel_orm.bonds import FREE, bonds_of
 from parallel_orm.statements import Bond, bond_of, bond_of_function
 from tests.test_background import WAIT, articles, busy, landed
-from tests.testapp.models import Article, Author, Everything, Lease, Tag
+from tests.testapp.models import Article, Author, Everything, Lease, RankedArticle, Tag
 
 __all__ = ["articles", "busy"]  # fixtures
 
@@ -128,6 +130,25 @@ def test_it_is_found_wherever_it_stands(place: str) -> None:
     assert bonds_of(put(Article.objects.all(), Lower(Value("x")))).bond is None
     locked = Subquery(Author.objects.select_for_update().values("born")[:1])
     assert bonds_of(put(Article.objects.all(), locked)).bond is Bond.LOCK
+
+
+def test_it_is_found_in_an_order_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RankedArticle._meta, "ordering", ["rank", Next()])
+    assert bonds_of(RankedArticle.objects.all()).bond is Bond.OWN
+    assert bonds_of(RankedArticle.objects.order_by("pk")) is FREE
+    assert bonds_of(RankedArticle.objects.order_by()) is FREE
+
+
+def test_it_is_found_in_a_transform_that_is_selected() -> None:
+    class Shouted(Transform):
+        lookup_name = "shouted"
+        function = "shout"
+
+    CharField.register_lookup(Shouted)
+    try:
+        assert bonds_of(Article.objects.values_list("name__shouted")).declared == {"shout"}
+    finally:
+        CharField._unregister_lookup(Shouted)
 
 
 @pytest.mark.parametrize(
@@ -386,11 +407,28 @@ def test_parameters_that_the_caller_changes_are_as_of_the_start(articles: Any, a
         articles.extra(where=["rank = %s"], params=two).start_fetch(),
         articles.raw("SELECT * FROM testapp_article WHERE rank = %s", three).start_fetch(),
     ]
+    again = [1]
+    author = Author.objects.using(alias).create()
+    articles.update(author=author)
+    computed = articles.annotate(x=RawSQL("rank + %s", again))
+    numbers = computed.filter(x=2).values_list("rank", flat=True).start_fetch()
+    groups = computed.values("x").annotate(n=Count("pk")).order_by("x").start_fetch()
+    prefetched = Author.objects.using(alias).prefetch_related(Prefetch("articles", computed.filter(x=2))).start_fetch()
+    related = (
+        Author.objects.using(alias)
+        .annotate(t=FilteredRelation("articles", condition=Q(articles__rank=RawSQL("%s", again))))
+        .filter(t__rank=1)
+        .start_count()
+    )
     names = ["name 1"]
     within = articles.filter(Q(name__in=names)).start_count()
-    one[0] = two[0] = three[0] = 99
+    one[0] = two[0] = three[0] = again[0] = 99
     names.append("name 2")
     assert [len(each) for each in started] == [10, 10, 10]
+    assert list(numbers) == [1] * 10
+    assert [(group["x"], group["n"]) for group in groups] == [(1, 10), (2, 10), (3, 10)]
+    assert [len(each.articles.all()) for each in prefetched] == [10]
+    assert related.count() == 10
     assert within.count() == 1
 
 
