@@ -509,7 +509,10 @@ def _forget() -> None:
         for worker in pool._workers:
             worker.pipe.close()
     _pools.clear()
-    # So is the fork server; multiprocessing would wait for it as for a child of this process, and fail.
+    # At the end of this process multiprocessing would wait for them as for its own children, and fail.
+    children: set[BaseProcess] = multiprocessing.process._children  # type: ignore[attr-defined]
+    children.difference_update([child for child in children if child.name == WORKER_NAME])
+    # So it is with the fork server.
     server: Any = forkserver._forkserver
     if getattr(server, "_forkserver_pid", None) is not None:
         os.close(server._forkserver_alive_fd)
