@@ -19,7 +19,7 @@ from contextvars import ContextVar, copy_context
 from functools import partial
 from inspect import currentframe
 from pathlib import Path
-from time import perf_counter
+from time import monotonic, perf_counter
 from typing import Any
 
 from asgiref.sync import SyncToAsync, sync_to_async
@@ -31,7 +31,7 @@ from parallel_orm import errors, events, guards
 from parallel_orm.bonds import FREE, Bonds
 from parallel_orm.chores import Due, chores
 from parallel_orm.connections import interrupt, lender
-from parallel_orm.executors.threads import BackgroundThreads, background_threads
+from parallel_orm.executors.threads import PATIENCE, BackgroundThreads, background_threads
 from parallel_orm.forks import gate
 from parallel_orm.outcomes import Landing, Outcome, Stopwatch, note
 from parallel_orm.plan import plan_whole
@@ -334,13 +334,13 @@ class Read:
             with as_worker(), lender.lent(self.alias, self.session, reading=True) as wrapper:
                 with suppress(Exception):
                     wrapper.ensure_connection()
+                _under_way.add(self)
                 with self._lock:
-                    if wrapper.connection is None or not self._claimed():
+                    if wrapper.connection is None or _leaving.is_set() or not self._claimed():
                         # No connection is to be had just now: whoever needs the answer asks on their own.
                         return None
                     self._running = wrapper
                 self.connect_time = perf_counter() - began
-                _under_way.add(self)
                 outcome = self._run_on(wrapper, task)
                 is_refused = outcome is None
         except BaseException as error:
@@ -576,13 +576,19 @@ running: ContextVar[Read | None] = ContextVar("parallel_orm_running", default=No
 
 #: Reads that a background thread is at.
 _under_way: set[Read] = set()
+#: Set when the interpreter ends: what no thread has begun is not begun any more.
+_leaving = threading.Event()
 
 
 def _leave() -> None:
     """At the end of the interpreter: nobody will use them any more."""
-    for read in list(_under_way):
-        read.cancel(errors.cancelled("at the end of the interpreter"))
-        read._interrupt()  # here: there may be no new threads any more
+    _leaving.set()
+    until = monotonic() + PATIENCE
+    while _under_way and monotonic() < until:
+        for read in list(_under_way):
+            read.cancel(errors.cancelled("at the end of the interpreter"))
+            read._interrupt()  # here: there may be no new threads any more
+        threading.Event().wait(AGAIN / 10)  # one that came before its query had reached the server was in vain
 
 
 atexit.register(_leave)
