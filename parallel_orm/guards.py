@@ -12,7 +12,7 @@ from typing import Any
 from django.core.exceptions import EmptyResultSet
 from django.db import connections
 from django.db.backends.base.base import BaseDatabaseWrapper
-from django.db.models import Aggregate, Model, QuerySet
+from django.db.models import Aggregate, DecimalField, Model, QuerySet
 from django.db.models.expressions import Col, RawSQL
 from django.db.models.sql import Query
 from django.db.models.sql.constants import INNER
@@ -145,6 +145,14 @@ def refuse_locks(verb: str, queryset: Rows) -> None:
         )
 
 
+#: Digits of a number that SQLite keeps, which has floats for decimals; Django rounds to them.
+EXACT_DIGITS = 15
+
+
+def _is_sqlite(queryset: Rows) -> bool:
+    return connections[queryset.db].vendor == "sqlite"
+
+
 #: What is wrong with a window function, and the way out.
 WINDOW = (
     "a window function sees the whole set, and a chunk is only a part of it",
@@ -182,6 +190,11 @@ def _why_uncuttable(model: type[Model], query: Query, queryset: Rows) -> tuple[s
         return WINDOW
     if identity_of(queryset):
         return None
+    if isinstance(meta.pk, DecimalField) and meta.pk.max_digits > EXACT_DIGITS and _is_sqlite(queryset):
+        return (
+            f"its primary key is a decimal of {meta.pk.max_digits} digits, of which SQLite keeps {EXACT_DIGITS}",
+            "Loop over iterator().",
+        )
     if query.distinct and len(meta.pk_fields) > 1:
         return (
             "distinct() over a primary key of several columns cannot be ordered by them (a limit of Django)",

@@ -48,6 +48,8 @@ STABLE = tuple(f"django.db.models.{name}" for name in ("expressions", "lookups",
 #: What comes back from a computation as the database has it; and what it may have been rounded from.
 EXACT = (CharField, TextField, BooleanField, IntegerField, DateField)
 ROUNDED = (FloatField, DecimalField, DurationField)
+#: Characters of which MySQL and MariaDB compare all when they sort, by two bytes each: ``max_sort_length``.
+LONGEST = 500
 
 
 class NotAKeyset(Exception):
@@ -195,7 +197,10 @@ class _Reader:
             raise NotAKeyset(f"{name!r} is JSON, whose null and order Python does not give back")
         if isinstance(field, DecimalField) and self.vendor == "sqlite":
             raise NotAKeyset(f"{name!r} is a decimal, which SQLite stores as a float and Django rounds")
-        if isinstance(field, TextField | BinaryField) and self.vendor == "mysql":
+        is_long = isinstance(field, TextField | BinaryField) or (
+            isinstance(field, CharField) and isinstance(expression, Col) and not 0 < (field.max_length or 0) <= LONGEST
+        )
+        if is_long and self.vendor == "mysql":
             raise NotAKeyset(f"{name!r} is sorted by its first 1,024 bytes here (max_sort_length)")
         if hasattr(field, "from_db_value") and not type(field).__module__.startswith("django."):
             raise NotAKeyset(f"{name!r} is made into something else by {type(field).__name__}.from_db_value()")

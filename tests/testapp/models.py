@@ -107,6 +107,32 @@ class ByDecimal(models.Model):
     objects = ParallelManager()
 
 
+class ByWideDecimal(models.Model):
+    amount = models.DecimalField(max_digits=30, decimal_places=10, primary_key=True)
+
+    objects = ParallelManager()
+
+
+class ByBytes(models.Model):
+    """Has no table: MySQL and MariaDB have no such keys."""
+
+    code = models.BinaryField(primary_key=True)
+    number = models.IntegerField()
+
+    objects = ParallelManager()
+
+    class Meta:
+        managed = False
+
+
+class Diary(models.Model):
+    """Its key is a foreign key to a foreign key."""
+
+    profile = models.OneToOneField("Profile", models.CASCADE, primary_key=True)
+
+    objects = ParallelManager()
+
+
 class Place(models.Model):
     name = models.CharField(max_length=50)
 
@@ -120,6 +146,14 @@ class Restaurant(Place):
     """Its key is the link to its parent."""
 
     stars = models.IntegerField(default=0)
+
+    objects = ParallelManager()
+
+
+class Pizzeria(Restaurant):
+    """Its key is the link to a link."""
+
+    ovens = models.IntegerField(default=1)
 
     objects = ParallelManager()
 
