@@ -1,8 +1,8 @@
 """The law of walks: every row once, in order, whatever the rows, the order, the chunk size, and what others write.
 
 A row that was there throughout, its ordering columns unchanged, comes exactly once, in its place; no row comes twice.
-The writer has a connection of its own and does what Hypothesis makes it do between two rows of the walk. The mutants at the
-end prove that the law would notice: each is a bug that such code is known for.
+The writer has a connection of its own and does what Hypothesis makes it do between two rows of the walk. The mutants at
+the end prove that the law would notice: each is a bug that such code is known for.
 """
 
 from __future__ import annotations
