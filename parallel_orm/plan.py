@@ -11,25 +11,22 @@ What cannot be cut truthfully is refused in ``guards``.
 
 from __future__ import annotations
 
-import operator
-from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from django.db.models import QuerySet
-from django.db.models.expressions import CombinedExpression, Func, RawSQL, Value
-from django.db.models.query import FlatValuesListIterable, ModelIterable, ValuesIterable
+from django.db.models.expressions import CombinedExpression, Value
 from django.db.models.sql import Query
 
 from parallel_orm import cutting, errors, guards
 from parallel_orm.chunks import Chunk
 from parallel_orm.explain import Access, access_of, has_index_for
-from parallel_orm.identity import VALUES, column_name, fields_of, identity_of, is_grouped
+from parallel_orm.identity import identity_of, is_grouped
+from parallel_orm.keys import compact, key_reader
 from parallel_orm.keyset import Key, Keyset, carried, primary_key
 from parallel_orm.options import MAP_CHUNK_SIZE, WALK_CHUNK_SIZE, Options
 from parallel_orm.ordering import NotAKeyset, effective_ordering, is_random, keyset_of, parts
-from parallel_orm.rows import is_kept_as_it_is
 from parallel_orm.session import NOTHING, Session
 from parallel_orm.task import Job, Task, Work, at
 
@@ -229,18 +226,6 @@ def bare(queryset: Rows, alias: str) -> Rows:
     return QuerySet(queryset.model, query=query, using=alias)
 
 
-def compact(keys: Rows) -> Sequence[Any]:
-    """List primary keys in as little memory as they need: eight bytes each where they are integers."""
-    listed: array[int] | list[Any] = array("q")
-    stream = keys.iterator(chunk_size=10_000)
-    for key in stream:
-        try:
-            listed.append(key)
-        except (TypeError, OverflowError):  # of append() alone: what the database raises is the caller's
-            return [*listed, key, *stream]
-    return listed
-
-
 def plan_whole(queryset: Rows, work: Work) -> Task:
     """Plan what needs no cut, one query for the queryset as it is: a single task."""
     alias = queryset.db
@@ -420,67 +405,3 @@ def repeated_rows(verb: str, queryset: Rows) -> errors.UnsupportedQuerySet:
         "it gives the same row several times, and a list of primary keys cannot tell its appearances apart",
         "Use distinct(), or a union() without all=True, or order by pk and drop the slice.",
     )
-
-
-def key_reader(queryset: Rows, keyset: Keyset) -> Callable[[Any], Key] | None:
-    """Return how to read the key of a row, or None where rows do not bring it as the database has it."""
-    query, model = queryset.query, queryset.model
-    if type(queryset).__iter__ is not QuerySet.__iter__ or query.extra_select:
-        return None
-    if any(map(_may_return_sets, query.annotation_select.values())):
-        return None
-    if queryset._iterable_class is ModelIterable:
-        if keyset.paths == ("pk",):
-            return _KeyOf("pk")
-        if query.deferred_loading[0] or not all(is_kept_as_it_is(queryset, path) for path in keyset.paths):
-            return None
-        return _KeyOf(*keyset.paths)
-    if queryset._iterable_class not in VALUES:
-        return None
-    fields = fields_of(queryset) or tuple(column.attname for column in model._meta.concrete_fields)
-    given = [*fields, *(name for name in query.annotation_select if name not in fields)]
-    known = [column_name(model, name) if isinstance(name, str) else None for name in given]
-    if not all(path in known for path in keyset.paths):
-        return None
-    places = [known.index(path) for path in keyset.paths]
-    kind: Any = queryset._iterable_class
-    if kind is FlatValuesListIterable:
-        return _key_itself if places == [0] else None
-    return _KeyAt(*([given[place] for place in places] if kind is ValuesIterable else places))
-
-
-def _may_return_sets(annotation: Any) -> bool:
-    """Tell whether SQL that Django does not know may give the same row several times."""
-    return any(
-        type(part) is Func
-        or isinstance(part, RawSQL)
-        or getattr(part, "set_returning", False)
-        or not type(part).__module__.startswith("django.db.models")
-        for part in parts(annotation)
-    )
-
-
-def _key_itself(row: Any) -> Key:
-    return (row,)
-
-
-class _KeyOf:
-    """Reads the key of an instance."""
-
-    def __init__(self, *names: str) -> None:
-        self.names, self.get = names, operator.attrgetter(*names)
-
-    def __call__(self, row: Any) -> Key:
-        key = self.get(row)
-        return (key,) if len(self.names) == 1 else key
-
-
-class _KeyAt:
-    """Reads the key of a dict or a tuple."""
-
-    def __init__(self, *places: str | int) -> None:
-        self.places, self.get = places, operator.itemgetter(*places)
-
-    def __call__(self, row: Any) -> Key:
-        key = self.get(row)
-        return (key,) if len(self.places) == 1 else key

@@ -626,7 +626,7 @@ def test_the_plan_explains_itself(articles):
     assert "-pk" in str(plan)
     assert articles.order_by("name").explain_plan().cut == "keys"
     with pytest.raises(errors.UnsupportedQuerySet):
-        articles.union(articles.all()).explain_plan()
+        articles.values("pk").union(articles.values("pk")).explain_plan()
 
 
 def test_the_report(articles):
