@@ -318,12 +318,12 @@ def test_what_was_set_for_a_transaction_is_over(articles: Any, alias: str, on_ea
 
     on_each_row(wait_and_note)
     with transaction.atomic(using=alias):
-        sid = transaction.savepoint(using=alias)
+        execute(alias, "SAVEPOINT s")
         execute(alias, "SET LOCAL app.tenant = 'a'")
         started = articles[:1].start_fetch()
         assert reached.wait(WAIT)
         if end == "savepoint":
-            transaction.savepoint_rollback(sid, using=alias)
+            execute(alias, "ROLLBACK TO SAVEPOINT s")
             gate.set()
             with pytest.raises(errors.NotARead):
                 list(started)
