@@ -8,6 +8,7 @@ from contextlib import closing
 from inspect import iscoroutinefunction
 from typing import TYPE_CHECKING, Any, Self, TypeVar, TypeVarTuple, cast
 
+from django.core.exceptions import SynchronousOnlyOperation
 from django.db.models import Model, QuerySet, prefetch_related_objects
 from django.db.models.query import RawQuerySet
 from django.db.models.sql import Query
@@ -26,7 +27,7 @@ from parallel_orm.reads import running
 from parallel_orm.report import Report, Results
 from parallel_orm.snapshots import snapshot_of
 from parallel_orm.task import Apply, Work
-from parallel_orm.walk import awaited, awaited_one_by_one, one_by_one, walk
+from parallel_orm.walk import awaited, awaited_one_by_one, one_by_one, postponed, walk
 
 M = TypeVar("M", bound=Model, covariant=True)
 Row = TypeVar("Row", covariant=True)
@@ -413,7 +414,10 @@ class ParallelQuerySet(_Startable, QuerySet[M, Row]):
         return self._walk("chunks", chunk_size, consistent)
 
     def achunked_iterator(self, chunk_size: int | None = None, *, consistent: bool = False) -> AsyncIterator[Row]:
-        """Walk as :meth:`chunked_iterator` does, for ``async for``; chunks are read in the thread of async code."""
+        """Walk as :meth:`chunked_iterator` does, for ``async for``; chunks are read in the thread of async code.
+
+        On MySQL and MariaDB a refusal may come with the first row: Django must ask such a server for its version first.
+        """
         return awaited_one_by_one(self._walk("achunked_iterator", chunk_size, consistent))
 
     def achunks(self, chunk_size: int | None = None, *, consistent: bool = False) -> AsyncIterator[list[Row]]:
@@ -421,7 +425,12 @@ class ParallelQuerySet(_Startable, QuerySet[M, Row]):
         return awaited(self._walk("achunks", chunk_size, consistent))
 
     def _walk(self, verb: str, chunk_size: int | None, consistent: bool) -> Generator[list[Row]]:
-        return walk(plan_walk(self, Options(chunk_size=chunk_size, consistent=consistent), verb))
+        options, rows = Options(chunk_size=chunk_size, consistent=consistent), self.all()
+        try:
+            return walk(plan_walk(rows, options, verb))
+        except SynchronousOnlyOperation:
+            # In a coroutine, of MySQL or MariaDB, whose version Django has not asked for yet: in the thread that may.
+            return postponed(lambda: walk(plan_walk(rows, options, verb)))
 
     def parallel_map(
         self,

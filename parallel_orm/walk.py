@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Generator
+from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import aclosing, closing
 from time import perf_counter
 from typing import Any
@@ -51,6 +51,11 @@ def walk(plan: Plan) -> Generator[list[Any]]:
         finally:
             if ahead is not None:  # the loop was left half-way
                 ahead.drop()
+
+
+def postponed(make: Callable[[], Generator[list[Any]]]) -> Generator[list[Any]]:
+    """Yield what a walk yields that is planned when it is first asked for."""
+    yield from make()
 
 
 def one_by_one(chunks: Generator[list[Any]]) -> Generator[Any]:

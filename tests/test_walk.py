@@ -7,6 +7,7 @@ import datetime
 import gc
 import uuid
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from asgiref.sync import sync_to_async
@@ -562,3 +563,25 @@ def test_conditions_of_the_queryset_go_on(articles):
         articles.filter(Q(score__gt=1) | Q(score=None)).exclude(name="name 3").annotate(x=Value(1)).order_by("-pk")
     )
     assert same(queryset)
+
+
+def test_in_a_coroutine_whose_thread_has_no_connection(articles):
+    """Nothing is asked where Django allows no query; on MariaDB, which must be, in the thread of async code."""
+
+    async def walk():
+        queryset = articles.filter(Q(author__name="author 1") | Q(rank=1)).annotate(low=Lower("name"), n=Count("tags"))
+        walks = [
+            queryset.order_by("pk"),
+            queryset.order_by("low", "-score"),
+            queryset.order_by("n"),
+            articles.values("rank").annotate(n=Count("pk")),
+            articles.order_by("pk")[3:9],
+        ]
+        found = [[row async for row in each.achunked_iterator(7)] for each in walks]
+        await sync_to_async(connections.close_all)()
+        return list(map(len, found))
+
+    with ThreadPoolExecutor(1) as thread:
+        lengths = thread.submit(lambda: asyncio.run(walk())).result(60)
+    assert lengths[:2] == [lengths[0]] * 2
+    assert lengths[3:] == [3, 6]
