@@ -69,8 +69,8 @@ class Keyset:
     is_primary_key: bool = False
     #: What terms name that is no column: expressions, by the names that they are given.
     computed: tuple[tuple[str, Any], ...] = ()
-    #: What a ``distinct(*fields)`` is ordered by besides, which decides which row of several it keeps.
-    tail: tuple[Any, ...] = ()
+    #: What a ``distinct(*fields)`` is ordered by besides, which decides which row of several it keeps; else None.
+    tail: tuple[Any, ...] | None = None
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -82,14 +82,14 @@ class Keyset:
     def order(self, queryset: Rows) -> Rows:
         """Return the queryset in this order, whatever order it had."""
         named = queryset.alias(**dict(self.computed)) if self.computed else queryset
-        ordered = named.order_by(*(term.order() for term in self.terms), *self.tail)
+        ordered = named.order_by(*(term.order() for term in self.terms), *(self.tail or ()))
         ordered.query.standard_ordering = True  # a reverse() is already in the terms
         return ordered
 
     def part(self, queryset: Rows, after: Key | None, until: Key | None) -> Rows:
         """Return what of a queryset stands behind ``after``, and before ``until`` or on it, in this order."""
         ordering = self
-        if self._is_null_in(after, until) and not self.tail:  # there the first column orders nothing
+        if self._is_null_in(after, until) and self.tail is None:  # there the first column orders nothing
             ordering = replace(self, terms=self.terms[1:])
         return ordering.order(queryset).filter(self.between(after, until))
 
@@ -100,7 +100,8 @@ class Keyset:
 
     def _is_null_in(self, after: Key | None, until: Key | None) -> bool:
         """Tell whether the first column is NULL in all rows between these keys."""
-        return self.terms[0].nullable and after is not None and until is not None and after[0] is None is until[0]
+        bounds = after is not None and until is not None and after[0] is None is until[0]
+        return bounds and self.terms[0].nullable and len(self.terms) > 1
 
     def between(self, after: Key | None, until: Key | None) -> Q:
         """Rows that stand behind the key ``after``, and before the key ``until`` or on it; None: open on that side."""

@@ -124,6 +124,15 @@ def test_it_warns(indexed, alias):
             assert plan.warnings == []
 
 
+def test_of_nulls_alone(alias):
+    """One group, whose key is NULL."""
+    Article.objects.using(alias).bulk_create(Article() for _ in range(3))
+    groups = Article.objects.using(alias).values("score").annotate(n=Count("pk"))
+    for walk in (True, False):
+        assert "1 chunks" in str(groups.explain_plan(walk=walk))
+    assert list(groups.chunked_iterator(1)) == list(groups) == [{"score": None, "n": 3}]
+
+
 def test_why_keys(indexed):
     told = str(indexed.annotate(n=Count("pk")).order_by("n").explain_plan(walk=True))
     assert "keys of 2000 rows" in told

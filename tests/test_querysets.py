@@ -128,6 +128,8 @@ CASES = {
         a.order_by("-rank", "name", "-pk").distinct("rank"),
         a.order_by("-score", "rank", "-pk").distinct("rank", "score"),
         a.order_by("score", "-name", "pk").distinct("score").reverse(),
+        a.order_by("score", "rank").distinct("score", "rank").values("score", "rank"),
+        a.order_by("-score").distinct("score").values_list("score"),
         a.order_by("name", "rank", "-pk").distinct("name").values("name", "rank", "id"),
     ],
     'a join that repeats rows: `filter(tags__name__startswith="t")`, `extra(tables=...)`': lambda a: [

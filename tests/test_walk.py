@@ -585,3 +585,28 @@ def test_in_a_coroutine_whose_thread_has_no_connection(articles):
         lengths = thread.submit(lambda: asyncio.run(walk())).result(60)
     assert lengths[:2] == [lengths[0]] * 2
     assert lengths[3:] == [3, 6]
+
+
+def test_nothing_stays_open_between_chunks(articles, alias):
+    """Each chunk may find another session of the server, as behind PgBouncer in transaction mode."""
+    for queryset in (
+        articles.order_by("pk"),
+        articles.order_by("-name", "pk"),
+        articles.order_by("author__name", "pk").values("name"),
+        articles.order_by(TruncDay("published"), "-pk"),
+        articles.order_by("pk")[5:40],
+        articles.values("rank").annotate(n=Count("pk")).order_by("rank"),
+    ):
+        expected, walked = list(queryset), []
+        for rows in queryset.chunks(7):
+            walked += rows
+            connections[alias].close()
+        assert walked == expected
+
+
+def test_without_server_side_cursors(postgres, monkeypatch):
+    monkeypatch.setitem(connections[postgres].settings_dict, "DISABLE_SERVER_SIDE_CURSORS", True)
+    articles = Article.objects.using(postgres)
+    articles.bulk_create(Article(rank=n) for n in range(30))
+    for queryset in (articles.order_by("pk"), articles.order_by("-rank"), articles.order_by("-rank")[3:20]):
+        assert list(queryset.chunked_iterator(7)) == list(queryset)
