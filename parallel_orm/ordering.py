@@ -24,6 +24,8 @@ from django.db.models import (
     FloatField,
     IntegerField,
     JSONField,
+    Max,
+    Min,
     QuerySet,
     TextField,
 )
@@ -213,6 +215,8 @@ class _Reader:
 
     def _is_exact(self, expression: Any) -> bool:
         output = expression._output_field_or_none
+        if isinstance(expression, Max | Min) and isinstance(expression.get_source_expressions()[0], Col):
+            return True  # a value of the column itself
         if not isinstance(output, EXACT) or isinstance(output, DateTimeField):
             return False
         made_of = [getattr(part, "_output_field_or_none", None) for part in parts(expression)]

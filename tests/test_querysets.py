@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from django.contrib.contenttypes.models import ContentType
 from django.db import connections, transaction
-from django.db.models import Avg, Count, Exists, F, FloatField, OuterRef, Prefetch, Sum, Window
+from django.db.models import Avg, Count, Exists, F, FloatField, Max, OuterRef, Prefetch, Sum, Window
 from django.db.models.expressions import RawSQL
 from django.db.models.functions import Cast, Lower, Power, Random, RowNumber, TruncHour, Upper
 
@@ -96,9 +96,10 @@ CASES = {
         a.values("tags__name").annotate(n=Count("id")).order_by("-tags__name"),
         a.values("tags__name").annotate(n=Count("id")),
     ],
-    "groups in the order of an aggregate that is an integer": lambda a: [
+    "groups in the order of an aggregate that is an integer, or of the largest or smallest of a column": lambda a: [
         a.values("rank").annotate(n=Count("id")).order_by("-n", "rank"),
         a.values("name").annotate(n=Count("id"), s=Sum("rank")).order_by("n", "-s", "name"),
+        a.values("rank").annotate(last=Max("published")).order_by("-last", "rank"),
     ],
     'groups in the order of an aggregate that may be rounded: `Avg("rank")`': lambda a: [
         a.values("name").annotate(mean=Avg("rank")).order_by("mean")
