@@ -80,6 +80,22 @@ def sockets_to(server):
     return [each for each in psutil.Process().net_connections() if each.raddr and each.raddr.port == port]
 
 
+_beside: list[threading.Thread] = []
+
+
+def beside(call):
+    """Have something done meanwhile."""
+    _beside.append(threading.Thread(target=call))
+    _beside[-1].start()
+
+
+def bring_back(server):
+    """Run it again, when it has been put down."""
+    while _beside:
+        _beside.pop().join(WAIT)
+    server.resume()
+
+
 def put_down(server):
     """Stop it; the asker's connection is as dead as the others."""
     asker.close()
@@ -92,7 +108,7 @@ def articles(server, monkeypatch):
     lender.close_idle()
     monkeypatch.setattr("parallel_orm.connections.under_test", lambda: False)
     yield Article.objects.using(ALIAS).order_by("pk")
-    server.resume()
+    bring_back(server)
     all_threads_free()
     assert Article.objects.using(ALIAS).start_count().count() == 1
     all_threads_free()
@@ -261,12 +277,12 @@ def test_during_a_read_in_a_transaction(server, articles):
         return queryset
 
     if connections[ALIAS].vendor != "postgresql":
-        threading.Thread(target=lambda: (wait_until_running(ALIAS, 2), put_down(server))).start()
+        beside(lambda: (wait_until_running(ALIAS, 2), put_down(server)))
     with pytest.raises(OperationalError) as raised:
         ask(start)
     assert type(raised.value) is type(inline())
     assert not connections[ALIAS].in_atomic_block
-    server.resume()
+    bring_back(server)
     assert Article.objects.using(ALIAS).count() == 1
 
 
@@ -275,7 +291,7 @@ def test_a_write_that_waits_for_a_read_of_a_server_that_goes(server, articles):
     assert articles.count() == 1
     started = long(articles).start_fetch()
     wait_until_running(ALIAS)
-    threading.Thread(target=put_down, args=[server]).start()
+    beside(lambda: put_down(server))
     with pytest.raises(OperationalError):
         Article.objects.using(ALIAS).create(name="two")
     with pytest.raises(OperationalError):

@@ -67,7 +67,7 @@ def script(alias, tmp_path):
         head = HEAD.format(long=LONG[wrapper.vendor])
         (tmp_path / "program.py").write_text(head + textwrap.dedent(program))
         return subprocess.run(
-            [sys.executable, "program.py"],
+            [sys.executable, "-W", "ignore:This process:DeprecationWarning", "program.py"],  # of fork(), since 3.12
             cwd=tmp_path,
             env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
             capture_output=True,
