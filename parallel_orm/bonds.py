@@ -1,6 +1,6 @@
 """Bonds: what ties a queryset to the connection of its caller, found by one walk over all that its queries are made of.
 
-    queryset, arguments -> Bonds: why it must stay, which functions its author vouches for, what the caller may change
+    queryset, arguments -> Bonds: why it must stay, which functions the database is asked about, what may change
 
 The walk comes with every start, so it is plain: a stack, a look-up by type, and nothing at all for columns and values.
 It sees expressions and pieces of SQL. What only comes out when the SQL is made, or is asked beside it (a look-up with
@@ -37,10 +37,8 @@ class Bonds(NamedTuple):
     """What ties a queryset to the connection of its caller."""
 
     bond: Bond | None = None
-    #: Functions of the project's own that its expressions name, lower case.
-    declared: frozenset[str] = frozenset()
-    #: Functions that its pieces of SQL name, lower case, of which nobody has said what they do.
-    undeclared: frozenset[str] = frozenset()
+    #: Functions that it calls and that are not known here, lower case. The database knows what they do.
+    functions: frozenset[str] = frozenset()
     #: Whether it has a value that the caller may change: a dictionary, say.
     is_changeable: bool = False
 
@@ -55,8 +53,7 @@ def bonds_of(queryset: Any, *arguments: Any) -> Bonds:
     if queryset._prefetch_related_lookups:
         _push_prefetches(queryset.model, queryset._prefetch_related_lookups, stack)
     clock = is_changeable = False
-    declared: frozenset[str] = frozenset()
-    undeclared: frozenset[str] = frozenset()
+    functions: frozenset[str] = frozenset()
     while stack:
         part = stack.pop()
         kind = _kinds.get(part.__class__)
@@ -87,18 +84,16 @@ def bonds_of(queryset: Any, *arguments: Any) -> Bonds:
         elif kind is _EXPRESSION:
             stack += part.get_source_expressions()
         else:
-            bond, names, unknown = kind(part, stack)
+            bond, names = kind(part, stack)
             if bond is Bond.CLOCK:
                 clock = True
             elif bond is not None:
                 return Bonds(bond)
             if names:
-                declared |= names
-            if unknown:
-                undeclared |= unknown
-    if not (clock or declared or undeclared or is_changeable):
+                functions |= names
+    if not (clock or functions or is_changeable):
         return FREE
-    return Bonds(Bond.CLOCK if clock else None, declared, undeclared, is_changeable)
+    return Bonds(Bond.CLOCK if clock else None, functions, is_changeable)
 
 
 def _push_query(query: Any, stack: list[Any]) -> None:
@@ -152,11 +147,11 @@ def _managers_on(model: Any, path: str) -> list[Any]:
 
 # --- What is looked at, by its type ------------------------------------------------------
 
-#: A bond, functions that are declared, and functions that are not.
-Found = tuple[Bond | None, frozenset[str], frozenset[str]]
+#: A bond, and functions that are not known.
+Found = tuple[Bond | None, frozenset[str]]
 
 _NONE: frozenset[str] = frozenset()
-_FOUND_NOTHING: Found = (None, _NONE, _NONE)
+_FOUND_NOTHING: Found = (None, _NONE)
 
 #: Types of values that nobody can change.
 _VALUES = frozenset(
@@ -208,7 +203,7 @@ def _function(part: Any, stack: list[Any]) -> Found:
     stack += part.get_source_expressions()
     extra, cls = part.extra, part.__class__
     if not extra and cls.__module__.startswith(_OF_DJANGO):
-        return _function_named(cls, cls.function, cls.template)[0], _NONE, _NONE
+        return _function_named(cls, cls.function, cls.template)[0], _NONE
     return _function_named(cls, extra.get("function", part.function), extra.get("template", part.template))
 
 
@@ -216,7 +211,7 @@ def _function(part: Any, stack: list[Any]) -> Found:
 def _function_named(cls: Any, function: str | None, template: str) -> Found:
     bond, names = bond_of_function((template or "").replace("%(function)s", function or ""))
     # The clock of a transaction is asked for on PostgreSQL, for which this text may not be, as with Now().
-    return None if bond is Bond.CLOCK and hasattr(cls, "as_postgresql") else bond, names, _NONE
+    return None if bond is Bond.CLOCK and hasattr(cls, "as_postgresql") else bond, names
 
 
 def _value(part: Any, stack: list[Any]) -> Found:
@@ -227,8 +222,8 @@ def _value(part: Any, stack: list[Any]) -> Found:
 def _in_sql(sql: str) -> Found:
     bond = bond_of(sql)
     if bond is Bond.OWN and (names := functions_in_doubt(sql)):
-        return bond_of(sql, names), _NONE, names
-    return bond, _NONE, _NONE
+        return bond_of(sql, names), names
+    return bond, _NONE
 
 
 def _raw(part: Any, stack: list[Any]) -> Found:

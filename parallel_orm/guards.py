@@ -83,7 +83,7 @@ def where_to_read(alias: str, bonds: Bonds = FREE) -> tuple[str | None, Session]
         return "wrapper", NOTHING
     if from_settings().connections_of(alias) == 0:
         return "budget", NOTHING
-    if bonds.undeclared and not functions.only_read(connection, bonds.undeclared):
+    if bonds.functions and not functions.only_read(connection, bonds.functions):
         return Bond.OWN.value, NOTHING
     watch = watch_of(connection)
     if bonds.bond is Bond.CLOCK and watch.in_transaction:

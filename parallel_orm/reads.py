@@ -358,8 +358,7 @@ class Read:
     def _run_on(self, wrapper: BaseDatabaseWrapper, task: Task) -> Outcome | None:
         """Run it on a worker's connection; None if it was about to do more than read, and has done nothing."""
         watch, outer = watch_of(wrapper), getattr(here, "reading", None)
-        declared = self.bonds.declared | self.bonds.undeclared  # those have been asked for by now
-        reading = Reading(self._said, declared, in_transaction=self._in_transaction)
+        reading = Reading(self._said, self.bonds.functions, in_transaction=self._in_transaction)
         watch.reading = here.reading = reading
         token = running.set(self)
         try:

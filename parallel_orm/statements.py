@@ -8,6 +8,7 @@ known to be harmless; all that is not understood counts as a write, and as one t
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
@@ -101,15 +102,15 @@ _SPATIAL = ("st_", "postgis_")
 
 
 @lru_cache(maxsize=2048)
-def only_reads(sql: str, declared: frozenset[str] = frozenset()) -> bool:
+def only_reads(sql: str, harmless: frozenset[str] = frozenset()) -> bool:
     """Tell whether a statement provably does nothing but read: True is a proof, False is a doubt.
 
-    ``declared`` are functions that are taken to be harmless too, lower case.
+    ``harmless`` are functions that are taken to be so too, lower case.
     """
     bare = _bare(sql)
     if bare is None:
         return False
-    for name in declared:
+    for name in harmless:
         bare = re.sub(rf"(?i)(?<![\w$.]){re.escape(name)}(?=\s*\()", "abs", bare)
     words = [word.lower() for word in _WORD.findall(bare)]
     if not words or (words[0] not in _READERS and not bare.startswith("(")):
@@ -172,9 +173,9 @@ _CLOCK_LITERAL = re.compile(r"(?i)'\s*(?:now|today|tomorrow|yesterday)\b")
 
 
 @lru_cache(maxsize=2048)
-def bond_of(sql: str, declared: frozenset[str] = frozenset()) -> Bond | None:
+def bond_of(sql: str, harmless: frozenset[str] = frozenset()) -> Bond | None:
     """Tell what keeps a statement from being said on another connection than its caller's; None: nothing."""
-    if not only_reads(sql, declared):
+    if not only_reads(sql, harmless):
         return Bond.OWN
     bare = _bare(sql) or ""
     if _OWN_READ.search(bare) or _OWN_VIEW.search(sql):
@@ -183,28 +184,30 @@ def bond_of(sql: str, declared: frozenset[str] = frozenset()) -> Bond | None:
 
 
 @lru_cache(maxsize=2048)
-def functions_in_doubt(sql: str, declared: frozenset[str] = frozenset()) -> frozenset[str]:
+def functions_in_doubt(sql: str, harmless: frozenset[str] = frozenset()) -> frozenset[str]:
     """Return the functions, lower case, of which alone it depends whether a statement only reads; none where there is
     more in doubt, or nothing.
     """
     bare = _bare(sql)
     if bare is None:
         return frozenset()
-    calls = {call.lower() for call in _CALL.findall(_COLUMNS.sub(r"\1\2\3", bare))}
-    names = frozenset(calls - _HARMLESS - _WRITERS - declared)
-    if any(_OWN.fullmatch(name) for name in names) or not only_reads(sql, declared | names):
+    names = _unknown(_NAME_OF_CALL.findall(_COLUMNS.sub(r"\1\2\3", bare))) - harmless
+    if any(_OWN.search(name) for name in names) or not only_reads(sql, harmless | names):
         return frozenset()
     return names
 
 
+def _unknown(names: Iterable[str]) -> frozenset[str]:
+    return frozenset(name.lower() for name in names) - _HARMLESS - _WRITERS
+
+
 def bond_of_function(text: str) -> tuple[Bond | None, frozenset[str]]:
     """Tell what a function of somebody's own, told by its name or its template, is bound by; and which it calls, lower
-    case, that are not known to be harmless: whoever wrote them down as expressions of a query says that they are.
+    case, that are not known to be harmless.
     """
     if _OWN.search(text):
         return Bond.OWN, frozenset()
-    names = {name.lower() for name in _NAME_OF_CALL.findall(text)} - _HARMLESS
-    return Bond.CLOCK if _CLOCK.search(text) else None, frozenset(names)
+    return Bond.CLOCK if _CLOCK.search(text) else None, _unknown(_NAME_OF_CALL.findall(text))
 
 
 _NAME_OF_CALL = re.compile(r"(?<![\w$.])[A-Za-z_][\w$]*(?:\.[A-Za-z_][\w$]*)*(?=\s*\()")

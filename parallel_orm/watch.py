@@ -68,19 +68,19 @@ class Said:
 class Reading:
     """What is executed for one read in the background: written down, and nothing that may do more than read."""
 
-    def __init__(self, said: list[Said], declared: frozenset[str], *, in_transaction: bool) -> None:
+    def __init__(self, said: list[Said], harmless: frozenset[str], *, in_transaction: bool) -> None:
         self.said = said
-        self._declared, self._in_transaction = declared, in_transaction
+        self._harmless, self._in_transaction = harmless, in_transaction
         #: What was to be executed and was not; whatever has become of the exception.
         self.refused: NotARead | None = None
 
     def hear(self, wrapper: BaseDatabaseWrapper, text: str | None) -> None:
         """Refuse a statement that is bound to the connection of the caller, before it is executed, and all after it."""
-        bond = Bond.OWN if text is None else bond_of(text, self._declared)
+        bond = Bond.OWN if text is None else bond_of(text, self._harmless)
         if bond is Bond.OWN and text is not None:
-            names = functions_in_doubt(text, self._declared)
+            names = functions_in_doubt(text, self._harmless)
             if names and only_read(wrapper, names):
-                bond = bond_of(text, self._declared | names)
+                bond = bond_of(text, self._harmless | names)
         if self.refused is None and bond is not None and (bond is not Bond.CLOCK or self._in_transaction):
             self.refused = not_a_read(wrapper.alias, text)
         if self.refused is not None:

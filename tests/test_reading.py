@@ -271,8 +271,10 @@ def test_look_ups_of_the_project_that_compute(articles: Any, alias: str) -> None
 
 
 def test_functions_of_the_project_that_compute(postgres: str) -> None:
-    """A function that its author wrote down as an expression is asked for in the background."""
-    execute(postgres, "CREATE OR REPLACE FUNCTION pg_temp_free(a int) RETURNS int LANGUAGE sql AS 'SELECT a * 2'")
+    """A function that says that it only reads is asked for in the background."""
+    execute(
+        postgres, "CREATE OR REPLACE FUNCTION pg_temp_free(a int) RETURNS int STABLE LANGUAGE sql AS 'SELECT 2 * a'"
+    )
     connections[postgres].close()
     try:
         Article.objects.using(postgres).create(rank=4)
