@@ -42,5 +42,6 @@ INSTALLED_APPS = [
     "django.contrib.auth",
     "parallel_orm",
     "tests.testapp",
+    "tests.manual",
 ]
 PASSWORD_HASHERS = ["django.contrib.auth.hashers.MD5PasswordHasher"]
