@@ -232,11 +232,18 @@ class Read:
         # Inline, the answer is that of the caller's connection, as broken as it may be.
         run = partial(self._run_stolen, task) if stay is None else task.run
         self._thread = threading.get_ident()
-        outcome = task.job.capsule.run(run)  # as of the call, in time zone and language too
-        self._thread = None
-        if isinstance(outcome.error, KeyboardInterrupt | SystemExit):  # meant for the caller, and no answer
+        try:
+            outcome = task.job.capsule.run(run)  # as of the call, in time zone and language too
+            if isinstance(outcome.error, KeyboardInterrupt | SystemExit):  # meant for the caller, and no answer
+                raise outcome.error
+        except BaseException:
+            # Ctrl-C may come before the query too. Whoever needs the answer asks anew: a thread that found this one at
+            # it does not come back.
             self._claim.release()
-            raise outcome.error
+            self._leave_over()
+            raise
+        finally:
+            self._thread = None
         if stay is None and self._refused is not None:
             stay = "writes"
         self.reason = Reason(stay or "stolen")

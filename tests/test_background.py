@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import dataclasses
 import datetime
@@ -484,6 +485,51 @@ def test_an_interrupt_while_the_caller_reads_is_no_answer(articles, busy, monkey
     with pytest.raises(KeyboardInterrupt):
         len(started)
     assert len(started) == 30
+
+
+def test_an_interrupt_while_the_caller_waits_for_a_connection(default, busy, monkeypatch):
+    """Before there is anything that could fail: the next use asks anew."""
+    Article.objects.using(default).create(name="here")
+    pending = Article.objects.using(default).start_fetch().background["fetch"]
+    lent = lender.lent
+
+    def interrupted(*args, **kwargs):
+        monkeypatch.setattr(lender, "lent", lent)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(lender, "lent", interrupted)
+    with ThreadPoolExecutor(1) as other:  # where the caller's connection is not
+        with pytest.raises(KeyboardInterrupt):
+            other.submit(pending.result, WAIT).result(WAIT)
+        assert other.submit(pending.result, WAIT).result(WAIT)[0].name == "here"
+
+
+@pytest.mark.parametrize("way", ["result", "await"])
+def test_an_interrupt_after_the_threads_have_left_it_to_the_caller(default, busy, monkeypatch, way):
+    """They do not come back to it, and nobody waits for them."""
+    Article.objects.using(default).create(name="here")
+    pending = Article.objects.using(default).start_fetch(timeout=10 * WAIT).background["fetch"]
+    from_db, gate = Article.from_db, threading.Event()
+
+    def interrupted(cls, *args, **kwargs):
+        monkeypatch.setattr(Article, "from_db", from_db)
+        busy()
+        hold_all_threads(gate)
+        gate.set()
+        hold_all_threads(gate)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Article, "from_db", classmethod(interrupted))
+    # Too many wait for the threads, so that it is not waited for, as is done for the sake of a deadline.
+    monkeypatch.setattr(type(pending._read), "is_about_to_begin", False)
+    with pytest.raises(KeyboardInterrupt):
+        pending.result()
+    monkeypatch.undo()
+
+    async def answer():
+        return await asyncio.wait_for(pending, WAIT)
+
+    assert len(pending.result(WAIT) if way == "result" else run_async(answer())) == 1
 
 
 def test_an_exception_that_takes_no_notes(articles, monkeypatch):
