@@ -465,9 +465,11 @@ class Read:
         del task
         # First: whoever has the answer finds that it has been told of.
         error = outcome.error if isinstance(outcome.error, BaseException) else None
-        self._tell("finished" if error is None else "failed", error)
-        self.landed.set_result(outcome)
-        self._wake()
+        try:
+            self._tell("finished" if error is None else "failed", error)
+        finally:  # whatever ends an observer
+            self.landed.set_result(outcome)
+            self._wake()
 
     # --- Stopping -----------------------------------------------------------------------
 

@@ -29,7 +29,7 @@ from django.test.testcases import DatabaseOperationForbidden
 from django.test.utils import CaptureQueriesContext
 from django.utils import timezone, translation
 
-from parallel_orm import ParallelManager, ParallelQuerySet, Pending, errors
+from parallel_orm import ParallelManager, ParallelQuerySet, Pending, errors, events
 from parallel_orm.connections import lender
 from parallel_orm.executors.threads import background_threads
 from parallel_orm.outcomes import Landing
@@ -530,6 +530,21 @@ def test_an_interrupt_after_the_threads_have_left_it_to_the_caller(default, busy
         return await asyncio.wait_for(pending, WAIT)
 
     assert len(pending.result(WAIT) if way == "result" else run_async(answer())) == 1
+
+
+def test_an_observer_that_ends_its_thread(default, busy):
+    """The answer lands all the same."""
+    pending = Article.objects.using(default).start_fetch().background["fetch"]
+
+    def leave(event, **_):
+        raise SystemExit
+
+    events.finished.connect(leave)
+    try:
+        busy()
+        landed(pending)
+    finally:
+        events.finished.disconnect(leave)
 
 
 def test_an_exception_that_takes_no_notes(articles, monkeypatch):
