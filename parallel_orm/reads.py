@@ -247,8 +247,10 @@ class Read:
         if stay is None and self._refused is not None:
             stay = "writes"
         self.reason = Reason(stay or "stolen")
-        self._tell("stolen" if stay is None else "inline")
-        self._land(outcome)
+        try:
+            self._tell("stolen" if stay is None else "inline")
+        finally:  # whatever ends an observer
+            self._land(outcome)
         return True
 
     def _home_as_it_was(self) -> BaseDatabaseWrapper | None:
