@@ -682,7 +682,7 @@ def test_a_table_that_is_gone(articles, alias):
 def test_a_statement_timeout(articles, alias):
     if connections[alias].vendor != "postgresql":
         pytest.skip("a setting of PostgreSQL")
-    options = {**connections.settings[alias].get("OPTIONS", {}), "options": "-c statement_timeout=100"}
+    options = {**connections.settings[alias].get("OPTIONS", {}), "options": "-c statement_timeout=1000"}
     with an_alias_like(alias, OPTIONS=options) as hasty:
         inline, background = both(long(Article.objects.using(hasty)))
         assert "statement timeout" in str(inline)
