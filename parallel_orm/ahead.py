@@ -7,6 +7,8 @@ now; and it is not read ahead at all where a background read would have to stay 
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+from time import perf_counter, thread_time
 from typing import Any
 
 from django.db import connections
@@ -14,19 +16,41 @@ from django.db import connections
 from parallel_orm import guards
 from parallel_orm.background import start_read
 from parallel_orm.bonds import FREE, bonds_of
-from parallel_orm.outcomes import Outcome
+from parallel_orm.chunks import Chunk
+from parallel_orm.connections import may_be_kept
+from parallel_orm.outcomes import Stopwatch
 from parallel_orm.plan import Plan
+from parallel_orm.rows import Opened, Unmade, is_read_as_djangos, listed, read
 from parallel_orm.session import NOTHING, Session
-from parallel_orm.task import Task
+from parallel_orm.task import Job, Task
 from parallel_orm.watch import watch_of
 
-#: The least part of the time of a read that the use of its rows must take for the next read to be worth a thread.
-SHARE = 0.25
+#: Seconds that a thread costs: what reading ahead gains must be more.
+COST = 0.0003
 
 
-def helps(read: float, used: float) -> bool:
-    """Tell whether to read ahead, from the seconds that the last chunk took to be read, and to be used."""
-    return used > read * SHARE
+class Effort(AbstractContextManager[None]):
+    """How long something took, the last time; and for how much of that this thread was busy, and did not wait."""
+
+    def __init__(self, seconds: float = 0.0, busy: float = 0.0) -> None:
+        self.seconds, self.busy = seconds, busy
+
+    def __enter__(self) -> None:
+        self._began, self._busy = perf_counter(), thread_time()
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.seconds = perf_counter() - self._began
+        # Another thread may have gone on with it.
+        self.busy = min(max(thread_time() - self._busy, 0.0), self.seconds)
+
+
+def helps(reading: Effort, using: Effort) -> bool:
+    """Tell whether to read a chunk while the last one is used: it gains what one of them waits and the other is busy.
+
+    Python is busy in one thread at a time, so both at once take at least as long as they are busy together.
+    """
+    both = max(reading.busy + using.busy, reading.seconds, using.seconds)
+    return reading.seconds + using.seconds - both > COST
 
 
 def may_read_ahead(plan: Plan) -> bool:
@@ -37,17 +61,32 @@ def may_read_ahead(plan: Plan) -> bool:
     return stay is None and not watch_of(connections[plan.alias]).in_transaction
 
 
+def open_chunk(rows: Any, clock: Stopwatch) -> tuple[Opened | list[Any], int]:
+    """Work of a background read: run the query, and leave as much of the rest as can be to whoever uses the rows.
+
+    psycopg has the whole answer then, and needs an open connection, but none of its own, to make tuples of it. Done by
+    the thread that makes rows of them, that does not have two threads in each other's way.
+    """
+    if not is_read_as_djangos(rows) or rows._prefetch_related_lookups:
+        return listed(read(rows)), 0
+    opened = Opened(rows)
+    wrapper = connections[rows.db]
+    if wrapper.vendor != "postgresql" or not may_be_kept(wrapper):
+        opened.fetch()
+    return opened, 0
+
+
 class Ahead:
     """One chunk on its way. Writes of the caller's tell it as they tell a read that they wait for."""
 
     session: Session = NOTHING
 
-    def __init__(self, task: Task) -> None:
-        self.task = task
-        self._home: Any = connections[task.chunk.alias]
+    def __init__(self, plan: Plan, chunk: Chunk) -> None:
+        self._home: Any = connections[chunk.alias]
+        self._alias = chunk.alias
         self._is_stale = False
         watch_of(self._home).add(self)  # before the read itself, which then need not be waited for
-        self._pending = start_read("chunk", task)
+        self._pending = start_read("chunk", Task(Job(plan.queryset, open_chunk, plan.keyset), chunk))
 
     def done(self) -> bool:
         return self._is_stale
@@ -57,17 +96,17 @@ class Ahead:
         self._is_stale = True
         self.drop()
 
-    def outcome(self) -> Outcome | None:
-        """Return the chunk; None where it is to be read again, on the caller's connection."""
-        home: Any = connections[self.task.chunk.alias]
+    def rows(self) -> Unmade | list[Any] | None:
+        """Return the rows; None where they are to be read again, on the caller's connection."""
+        home: Any = connections[self._alias]
         if self._is_stale or home is not self._home or watch_of(home).in_transaction:
             self.drop()
             return None
         try:
-            rows = self._pending.result()
-        except Exception:  # of the other connection's, perhaps: the caller's own will tell
+            opened = self._pending.result()
+            return opened.rows() if isinstance(opened, Opened) else opened
+        except Exception:  # of the other connection's, perhaps, which may be closed: the caller's own will tell
             return None
-        return Outcome(self.task.chunk, rows, rows=len(rows), rest=self.task.rest_behind(rows))
 
     def drop(self) -> None:
         """Nobody will want it."""

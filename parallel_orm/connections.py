@@ -181,8 +181,7 @@ class Lender:
             and not wrapper.in_atomic_block
             and not wrapper.needs_rollback
             and wrapper.get_autocommit()
-            and not wrapper.settings_dict["OPTIONS"].get("pool")  # whose own pool keeps it, for all
-            and not under_test()
+            and may_be_kept(wrapper)
         )
         watch = watch_of(wrapper)
         if wrapper.errors_occurred or watch.spoiled or watch.begun:
@@ -296,6 +295,11 @@ def close_quietly(wrapper: BaseDatabaseWrapper) -> None:
     wrapper.savepoint_ids = []
     wrapper.needs_rollback = False
     wrapper.close()
+
+
+def may_be_kept(wrapper: BaseDatabaseWrapper) -> bool:
+    """Tell whether a lent connection stays open when it comes back, if nothing has happened to it."""
+    return not wrapper.settings_dict["OPTIONS"].get("pool") and not under_test()  # a pool of Django's keeps it for all
 
 
 def discard(wrapper: BaseDatabaseWrapper) -> None:

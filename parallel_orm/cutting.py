@@ -40,10 +40,11 @@ def by_jumps(
         after, index = last, index + 1
 
 
-def by_pages(alias: str, ends: Sequence[Key], size: int) -> Iterator[Chunk]:
+def by_pages(alias: str, ends: Sequence[Key | None], size: int) -> Iterator[Chunk]:
     """Cut nothing ahead: intervals with a limit of ``size`` rows, each of which hands back its rest after a page.
 
-    A page needs no look-up of its own for its bounds: the key of its last row is where the rest begins.
+    A page needs no look-up of its own for its bounds: the key of its last row is where the rest begins. An end that is
+    None is one to be looked up when there is a rest.
     """
     after: Key | None = None
     for index, last in enumerate(ends):

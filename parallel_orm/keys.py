@@ -13,8 +13,8 @@ from django.db.models.query import FlatValuesListIterable, ModelIterable, Values
 
 from parallel_orm.identity import VALUES, column_name, fields_of
 from parallel_orm.keyset import Key, Keyset
+from parallel_orm.makers import keeps_as_it_is
 from parallel_orm.ordering import parts
-from parallel_orm.rows import is_kept_as_it_is
 
 Rows = QuerySet[Any, Any]
 
@@ -41,7 +41,7 @@ def key_reader(queryset: Rows, keyset: Keyset) -> Callable[[Any], Key] | None:
     if queryset._iterable_class is ModelIterable:
         if keyset.paths == ("pk",):
             return _KeyOf("pk")
-        if query.deferred_loading[0] or not all(is_kept_as_it_is(queryset, path) for path in keyset.paths):
+        if query.deferred_loading[0] or not all(keeps_as_it_is(model, path) for path in keyset.paths):
             return None
         return _KeyOf(*keyset.paths)
     if queryset._iterable_class not in VALUES:

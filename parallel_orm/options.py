@@ -57,6 +57,8 @@ class Settings:
     #: Variables of a PostgreSQL session that the caller's queries depend on, beside those that it is seen to set. None:
     #: whatever runs SQL that cannot be followed keeps its reads on the caller's connection.
     SESSION_VARIABLES: tuple[str, ...] | None
+    #: Whether the cyclic collector pauses while the rows of a chunk are put into a list.
+    PAUSE_GC: bool
 
     def connections_of(self, alias: str) -> int:
         if isinstance(self.CONNECTIONS, int):
@@ -78,12 +80,15 @@ def from_settings() -> Settings:
         "CONNECTIONS": _connections(given, threads),
         "CHUNK_SIZE": given.get("CHUNK_SIZE"),
         "SESSION_VARIABLES": _variables(given.get("SESSION_VARIABLES")),
+        "PAUSE_GC": given.get("PAUSE_GC", True),
     }
     if unknown := sorted(set(given) - set(values)):
         raise errors.bad_setting(unknown[0], f"is not a setting of this version; there are {', '.join(values)}.")
     if values["START_METHOD"] not in multiprocessing.get_all_start_methods():
         methods = ", ".join(multiprocessing.get_all_start_methods())
         raise errors.bad_setting("START_METHOD", f"is {values['START_METHOD']!r}; this platform has {methods}.")
+    if not isinstance(values["PAUSE_GC"], bool):
+        raise errors.bad_setting("PAUSE_GC", f"must be True or False, not {values['PAUSE_GC']!r}.")
     if values["CHUNK_SIZE"] is not None:
         _number(given, "CHUNK_SIZE", None, least=1)
     return Settings(**values)
@@ -155,6 +160,11 @@ class Options:
             raise errors.both_kinds_of_workers()
         if not (self.progress is None or isinstance(self.progress, bool) or callable(self.progress)):
             raise errors.bad_progress(self.progress)
+
+    @property
+    def has_chunk_size(self) -> bool:
+        """Whether somebody said how many rows a chunk is to have."""
+        return (self.chunk_size or from_settings().CHUNK_SIZE) is not None
 
     def rows_per_chunk(self, default: int) -> int:
         return min(self.chunk_size or from_settings().CHUNK_SIZE or default, 2**63 - 1)  # the most a LIMIT can be

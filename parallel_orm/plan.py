@@ -53,6 +53,8 @@ class Plan:
     source: Rows | None = field(default=None, repr=False)
     #: Whether that list must be looked through for rows that a join repeats.
     may_repeat: bool = False
+    #: Whether pages may become larger or smaller, as long as they are as much to hold.
+    steers: bool = False
     #: Why the work stays in this process, or None.
     inline: str | None = None
     #: What the workers' connections must be given.
@@ -67,15 +69,35 @@ class Plan:
         """Return the job that does ``work`` with each chunk."""
         return Job(self.queryset, work, self.keyset, self.key_of, self.session if session is None else session)
 
+    @property
+    def label(self) -> str:
+        return str(self.queryset.model._meta.label)
+
+    def part(self, chunk: Chunk) -> Rows:
+        """Return the part of the queryset that is a chunk."""
+        return chunk.narrow(at(self.queryset, chunk.alias), self.keyset)
+
     def chunks(self) -> Iterator[Chunk]:
         """Yield the chunks, lazily: each query for a bound is made when its chunk is taken."""
         if self.cut == "keys":
             most = guards.most_keys(guards.connection_for(self.alias)) or self.chunk_size
             yield from cutting.by_keys(self.alias, self._list_keys(), min(self.chunk_size, most))
         elif self.cut == "pages":
-            yield from cutting.by_pages(self.alias, self._ends(), self.chunk_size)
+            assert self.keyset is not None
+            ends = self._ends() if self.keyset.terms[0].nullable else [None]
+            yield from cutting.by_pages(self.alias, ends, self.chunk_size)
         else:
             yield from cutting.by_jumps(self.alias, self._ends(), self.chunk_size, self._jump)
+
+    def rest(self, page: Chunk, last: Key, limit: int) -> Chunk | None:
+        """Return what a full page leaves, behind the key of its last row, as the next page; None where that is nothing.
+
+        A first page that was open above is as little as there may be, so where the rows end is asked, and frozen, here.
+        """
+        if page.until is None:
+            page = replace(page, until=next(iter(self._ends()), last))
+        rest = page.rest(last)
+        return rest and replace(rest, limit=limit)
 
     def count(self) -> int:
         """Count the rows, for a progress bar. One query."""
@@ -266,7 +288,8 @@ def _cut_walk(verb: str, queryset: Rows, options: Options) -> Plan:
     key_of = key_reader(queryset, keyset)
     if key_of is not None and (identity_of(queryset) or not guards.joins_of(queryset).repeat_rows):
         why = "rows tell their own key, so a page needs no look-up for its bounds"
-        return Plan(queryset.all(), "pages", why, size, keyset, key_of, alias=queryset.db, verb=verb)
+        steers = verb == "chunked_iterator" and not options.has_chunk_size
+        return Plan(queryset.all(), "pages", why, size, keyset, key_of, steers=steers, alias=queryset.db, verb=verb)
     why = "keyset jumps find the bounds, in the order of the queryset"
     return Plan(queryset.all(), "ranges", why, size, keyset, alias=queryset.db, verb=verb)
 

@@ -27,7 +27,7 @@ from parallel_orm.reads import running
 from parallel_orm.report import Report, Results
 from parallel_orm.snapshots import snapshot_of
 from parallel_orm.task import Apply, Work
-from parallel_orm.walk import awaited, awaited_one_by_one, one_by_one, postponed, walk
+from parallel_orm.walk import ChunkRows, as_lists, awaited, awaited_one_by_one, one_by_one, postponed, walk
 
 M = TypeVar("M", bound=Model, covariant=True)
 Row = TypeVar("Row", covariant=True)
@@ -396,12 +396,14 @@ class ParallelQuerySet(_Startable, QuerySet[M, Row]):
         that are added or deleted meanwhile may come or not; none that is added behind the last row of the beginning
         comes. A row whose ordering columns are changed meanwhile may come twice or not at all.
 
-        :param chunk_size: rows a chunk, 2,000 by default. A chunk may be larger where a join repeats rows.
+        :param chunk_size: rows a chunk. By default 2,000 at first, then as many as come to about 2 MB, between 100 and
+            10,000. A chunk may be larger where a join repeats rows.
         :param consistent: True: all rows as of the first ``next()``, whatever others write. PostgreSQL only; a
             transaction on a connection of its own stays open for the length of the walk.
-        :returns: an iterator; nothing is asked before its first ``next()``, then one query for the last key (two where
-            the first column of the order may be NULL) and one for each chunk; two for each where rows do not bring
-            their key. For what is cut by a list of keys, one query for the list and one for each chunk.
+        :returns: an iterator; nothing is asked before its first ``next()``, then one query for each chunk, and one for
+            the last key if there are several (at the beginning where the first column of the order may be NULL, and
+            two). Two for each chunk where rows do not bring their key. For what is cut by a list of keys, one query for
+            the list and one for each chunk.
         :raises parallel_orm.errors.UnsupportedQuerySet: the queryset cannot be walked truthfully: windows, an order at
             random, a union of other things than instances, groups in an order that cannot be held.
         :raises parallel_orm.errors.TransactionRefused: ``consistent=True`` in a transaction that has written.
@@ -410,21 +412,24 @@ class ParallelQuerySet(_Startable, QuerySet[M, Row]):
         return one_by_one(self._walk("chunked_iterator", chunk_size, consistent))
 
     def chunks(self, chunk_size: int | None = None, *, consistent: bool = False) -> Iterator[list[Row]]:
-        """Walk as :meth:`chunked_iterator` does, and return the rows of each chunk as a list. No list is empty."""
-        return self._walk("chunks", chunk_size, consistent)
+        """Walk as :meth:`chunked_iterator` does, and return the rows of each chunk as a list. No list is empty.
+
+        :param chunk_size: rows a chunk, 2,000 by default.
+        """
+        return as_lists(self._walk("chunks", chunk_size, consistent))
 
     def achunked_iterator(self, chunk_size: int | None = None, *, consistent: bool = False) -> AsyncIterator[Row]:
         """Walk as :meth:`chunked_iterator` does, for ``async for``; chunks are read in the thread of async code.
 
         On MySQL and MariaDB a refusal may come with the first row: Django must ask such a server for its version first.
         """
-        return awaited_one_by_one(self._walk("achunked_iterator", chunk_size, consistent))
+        return awaited_one_by_one(as_lists(self._walk("achunked_iterator", chunk_size, consistent)))
 
     def achunks(self, chunk_size: int | None = None, *, consistent: bool = False) -> AsyncIterator[list[Row]]:
         """Walk as :meth:`chunks` does, for ``async for``."""
-        return awaited(self._walk("achunks", chunk_size, consistent))
+        return awaited(as_lists(self._walk("achunks", chunk_size, consistent)))
 
-    def _walk(self, verb: str, chunk_size: int | None, consistent: bool) -> Generator[list[Row]]:
+    def _walk(self, verb: str, chunk_size: int | None, consistent: bool) -> Generator[ChunkRows]:
         options, rows = Options(chunk_size=chunk_size, consistent=consistent), self.all()
         try:
             return walk(plan_walk(rows, options, verb))

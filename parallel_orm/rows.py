@@ -1,103 +1,131 @@
-"""Model instances made fast, when provably the same.
+"""The rows of a queryset: read at once, made when they are asked for.
 
-Django makes an instance by ``from_db`` and ``__init__``, which ask for each column of each row whether anybody wants to
-know. Where nobody does, the columns can go straight into the instance's ``__dict__``: that is all that is left of it.
-:func:`made_fast` says where; everywhere else Django makes them. What is relied upon is the same in Django 5.2, 6.0 and
-6.1, and ``tests/test_rows.py`` compares the instances with Django's.
+A list of instances costs more to make than the same instances one after the other, each gone before the next one comes:
+they take new memory, and the cyclic collector looks through them again and again. So what is kept of a chunk is what
+the driver gave.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from typing import Any
 
-from django.db.models import Model, QuerySet
-from django.db.models.base import ModelState
-from django.db.models.fields.related_descriptors import ForeignKeyDeferredAttribute
-from django.db.models.query import ModelIterable
-from django.db.models.query_utils import DeferredAttribute
-from django.db.models.signals import post_init, pre_init
+from django.db.models import QuerySet
+from django.db.models.query import (
+    FlatValuesListIterable,
+    ModelIterable,
+    NamedValuesListIterable,
+    ValuesIterable,
+    ValuesListIterable,
+)
+from django.db.models.sql.constants import CURSOR
 
-#: Descriptors that keep a value in ``__dict__`` as it is. A derived one (of a file field, say) may do more.
-PLAIN_DESCRIPTORS = (DeferredAttribute, ForeignKeyDeferredAttribute)
+from parallel_orm import collector
+from parallel_orm.makers import Maker, maker_of
+
+DJANGOS = (ModelIterable, ValuesIterable, ValuesListIterable, NamedValuesListIterable, FlatValuesListIterable)
+#: Fewer rows than this are not worth a function of their own.
+FEW = 50
+#: How many of the rows of a page are looked at for how large they are.
+SAMPLE = 20
 
 
-class FastModelIterable(ModelIterable):  # type: ignore[type-arg]
-    """Yields what Django's ``ModelIterable`` yields for whole rows of a plain model."""
+class Unmade:
+    """The rows of a query as the driver gave them. To be iterated once."""
+
+    def __init__(self, rows: list[Any], make: Maker) -> None:
+        self._rows, self._make = rows, make
+        self._last: list[Any] = []
+        self._number = len(rows)
+
+    def __len__(self) -> int:
+        return self._number
+
+    @property
+    def size(self) -> float:
+        """About how many bytes one of them takes, as the driver gave it."""
+        some = self._rows[:: max(1, len(self._rows) // SAMPLE)]
+        return sum(sys.getsizeof(row) + sum(map(sys.getsizeof, row)) for row in some) / max(1, len(some))
+
+    def last(self) -> Any:
+        """Return the last row, ahead of the others: the very object that will come last."""
+        if not self._last:
+            self._last = [*self._make([self._rows.pop()])]
+        return self._last[0]
 
     def __iter__(self) -> Iterator[Any]:
-        queryset: Any = self.queryset
-        alias = queryset.db
-        compiler = queryset.query.get_compiler(using=alias)
-        results = compiler.execute_sql(chunked_fetch=self.chunked_fetch, chunk_size=self.chunk_size)
-        model = queryset.model
-        names = [column.target.attname for column, *_ in compiler.select]
-        # The fetch mode of Django 6.1 is kept in the state; before there was none.
-        kept = {"adding": False, "db": alias}
-        if hasattr(queryset, "_fetch_mode"):
-            kept["fetch_mode"] = queryset._fetch_mode
-        make, make_state = model.__new__, ModelState
-        for values in compiler.results_iter(results):
-            instance = make(model)
-            state = make_state()
-            state.__dict__.update(kept)
-            attributes = instance.__dict__
-            attributes["_state"] = state
-            attributes.update(zip(names, values, strict=True))
-            yield instance
+        return chain(self._make(self._rows), self._last)
 
 
-def made_fast(queryset: Any) -> Any:
-    """Return the queryset so that its instances are made fast, if they come out the same; else as it is.
+def read(queryset: Any) -> Unmade | list[Any]:
+    """Run the query and return its rows, by one query and those of its prefetches.
 
-    They do where each row has all columns of the model and nothing else, and where the model has Django's own way of
-    being made: no ``__init__``, ``from_db``, ``__new__`` or ``__setattr__`` of its own, no listener to ``pre_init`` or
-    ``post_init``, no descriptor that would notice.
+    They are in a list where they are few, where something is prefetched for them, and where they, or somebody else,
+    would notice how and when they are made.
     """
-    if isinstance(queryset, QuerySet) and _has_whole_rows(queryset) and is_plain(queryset.model):
-        queryset._iterable_class = FastModelIterable
-    return queryset
+    return Opened(queryset).rows() if is_read_as_djangos(queryset) else list(queryset)
 
 
-def _has_whole_rows(queryset: Any) -> bool:
-    query = queryset.query
+class Opened:
+    """A query that has been run, and whose rows may still be with the driver. Any thread may take them."""
+
+    def __init__(self, queryset: Any) -> None:
+        self._queryset = queryset
+        self._compiler = queryset.query.get_compiler(using=queryset.db)
+        # None where the query was seen to have no rows.
+        self._cursor = self._compiler.execute_sql(CURSOR)
+        self._rows: list[Any] = []
+
+    def fetch(self) -> None:
+        """Take the rows from the driver."""
+        if self._cursor is None:
+            return
+        with self._cursor as cursor:
+            self._rows = list(cursor.fetchall())
+        self._cursor = None
+        if self._compiler.has_extra_select:  # columns that only the order needs
+            self._rows = [row[: self._compiler.col_count] for row in self._rows]
+
+    def rows(self) -> Unmade | list[Any]:
+        """Return them, as :func:`read` does."""
+        self.fetch()
+        queryset, rows = self._queryset, self._rows
+        make = maker_of(queryset, self._compiler) if len(rows) >= FEW else None
+        if make is not None and not queryset._prefetch_related_lookups:
+            return Unmade(rows, make)
+        made = list(_as_django_makes(queryset, self._compiler, rows)) if make is None else listed(Unmade(rows, make))
+        queryset._result_cache = made
+        queryset._fetch_all()  # what is left of it are prefetches
+        return made
+
+
+def listed(rows: Iterable[Any]) -> list[Any]:
+    """Return these rows in a list; the one that they are in, if they are."""
+    if isinstance(rows, list):
+        return rows
+    with collector.paused():
+        return list(rows)
+
+
+def is_read_as_djangos(queryset: Any) -> bool:
+    """Tell whether no derived class reads in a way of its own, nor brings rows of its own kind."""
     return (
-        queryset._iterable_class is ModelIterable
-        and not query.select_related
-        and not query.deferred_loading[0]
-        and not query.annotation_select
-        and not query.extra_select
-        and not query.combinator
-        and not queryset._known_related_objects
-        and not getattr(getattr(queryset, "_fetch_mode", None), "track_peers", False)
+        isinstance(queryset, QuerySet)
+        and queryset._iterable_class in DJANGOS
+        and all(
+            getattr(type(queryset), name).__module__ in ("django.db.models.query", "parallel_orm.queryset")
+            for name in ("__iter__", "_fetch_all")
+        )
     )
 
 
-def is_plain(model: type[Model]) -> bool:
-    """Tell whether nothing of this model, and nobody else, would notice how its instances are made."""
-    from_db: Any = model.from_db
-    djangos: Any = Model.from_db
-    return (
-        from_db.__func__ is djangos.__func__
-        and model.__init__ is Model.__init__
-        and model.__new__ is object.__new__
-        and model.__setattr__ is object.__setattr__
-        and type(model).__call__ is type.__call__
-        and not pre_init.has_listeners(model)
-        and not post_init.has_listeners(model)
-        and all(type(_descriptor(model, field.attname)) in PLAIN_DESCRIPTORS for field in model._meta.concrete_fields)
-    )
-
-
-def is_kept_as_it_is(queryset: Any, name: str) -> bool:
-    """Tell whether an instance has under this name what the database has: a plain column of a plain model."""
-    model = queryset.model
-    if name == "pk":
-        return len(model._meta.pk_fields) == 1
-    is_column = any(field.attname == name for field in model._meta.concrete_fields)
-    return is_column and is_plain(model)
-
-
-def _descriptor(model: type[Model], name: str) -> object:
-    """Return what a class has under a name, without asking it to be anything."""
-    return next((vars(each)[name] for each in model.__mro__ if name in vars(each)), None)
+def _as_django_makes(queryset: Any, compiler: Any, rows: list[Any]) -> Iterator[Any]:
+    """Yield what Django makes of rows that are here already."""
+    compiler.execute_sql = lambda *_, **__: [rows]
+    queryset.query.get_compiler = lambda *_, **__: compiler
+    try:
+        yield from queryset._iterable_class(queryset)
+    finally:
+        del queryset.query.get_compiler

@@ -27,7 +27,7 @@ from parallel_orm.chunks import Chunk, key_of_row
 from parallel_orm.connections import lender
 from parallel_orm.keyset import Key, Keyset
 from parallel_orm.outcomes import Outcome, Stopwatch, note
-from parallel_orm.rows import made_fast
+from parallel_orm.rows import listed, read
 from parallel_orm.session import NOTHING, Session
 
 Rows = QuerySet[Any, Any]
@@ -59,7 +59,7 @@ class Work(Protocol):
 def fetch(rows: Rows, clock: Stopwatch, snapshot: str | None = None) -> tuple[list[Any], int]:
     """The rows themselves, as a list; as of a snapshot that another connection holds, or of now."""
     with clock("database"), Session(snapshot=snapshot).restored(connections[rows.db], reading=True):
-        fetched = list(made_fast(rows))
+        fetched = listed(read(rows))
     return fetched, len(fetched)
 
 

@@ -1,65 +1,106 @@
-"""A walk: the chunks of a plan, one after the other, as lists of rows."""
+"""A walk: the chunks of a plan, one after the other."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import aclosing, closing
-from time import perf_counter
 from typing import Any
 
 from asgiref.sync import sync_to_async
 
-from parallel_orm.ahead import Ahead, helps, may_read_ahead
+from parallel_orm.ahead import Ahead, Effort, helps, may_read_ahead
+from parallel_orm.chunks import Chunk
+from parallel_orm.outcomes import note
 from parallel_orm.plan import Plan
+from parallel_orm.rows import Unmade, listed, read
 from parallel_orm.snapshots import snapshot_of
-from parallel_orm.task import Task, fetch
+
+#: The rows of a chunk: in a list, or made when they are asked for.
+ChunkRows = Unmade | list[Any]
 
 
-def walk(plan: Plan) -> Generator[list[Any]]:
+def walk(plan: Plan) -> Generator[ChunkRows]:
     """Yield the rows of each chunk, read when it is asked for, on the connection of whoever asks.
 
-    The next one is read meanwhile where that is the same, and where the last one took its time to be used.
+    The next one is read meanwhile where that is the same, and where it helps.
     """
     ahead: Ahead | None = None
-    read, is_quiet = 0.0, True
+    reading, using, is_quiet = Effort(), Effort(), True
     with snapshot_of(plan.alias, plan.session, wanted=plan.consistent) as snapshot:
-        job, chunks = plan.job(fetch), snapshot.within(plan.chunks())
+        chunks = snapshot.within(plan.chunks())
         try:
-            chunk, used = next(chunks, None), 0.0
+            chunk = next(chunks, None)
             while chunk is not None:
-                outcome = None
+                rows: ChunkRows | None = None
                 if ahead is not None:
-                    outcome, ahead = ahead.outcome(), None
-                    is_quiet = outcome is not None  # else the loop writes
-                if outcome is None:
-                    began = perf_counter()
-                    with snapshot.here():
-                        outcome = Task(job, chunk).run()
-                    read = perf_counter() - began
-                rows, chunk = outcome.result(), outcome.rest
-                del outcome
-                if is_quiet and helps(read, used) and may_read_ahead(plan):
+                    rows, is_quiet = ahead.rows(), not ahead.done()  # else the loop writes
+                    ahead = None
+                if rows is None:
+                    with reading, snapshot.here():
+                        rows = read_chunk(plan, chunk)
+                with snapshot.here():
+                    chunk = rest_of(plan, chunk, rows)
+                if is_quiet and helps(reading, using) and may_read_ahead(plan):
                     chunk = chunk or next(chunks, None)
                     if chunk is not None:
-                        ahead = Ahead(Task(job, chunk))
-                began = perf_counter()
-                if rows:
-                    yield rows
-                del rows  # before the next ones are made
-                used = perf_counter() - began
+                        ahead = Ahead(plan, chunk)
+                with using:
+                    if rows:
+                        yield rows
+                    del rows  # before the next ones are made
                 chunk = chunk or next(chunks, None)
         finally:
             if ahead is not None:  # the loop was left half-way
                 ahead.drop()
 
 
-def postponed(make: Callable[[], Generator[list[Any]]]) -> Generator[list[Any]]:
+def read_chunk(plan: Plan, chunk: Chunk) -> ChunkRows:
+    """Read the rows of a chunk, here and now."""
+    try:
+        return read(plan.part(chunk))
+    except BaseException as error:
+        if not chunk.is_whole:
+            note(error, f"in {chunk} of {plan.label}")
+        raise
+
+
+def rest_of(plan: Plan, chunk: Chunk, rows: ChunkRows) -> Chunk | None:
+    """Return the next page, behind the last row of this one; None where this is no page, or was the last one."""
+    if plan.key_of is None or chunk.limit is None or len(rows) != chunk.limit:
+        return None
+    limit = chunk.limit
+    if plan.steers and isinstance(rows, Unmade):
+        limit = as_large(limit, rows.size)
+    return plan.rest(chunk, plan.key_of(rows.last() if isinstance(rows, Unmade) else rows[-1]), limit)
+
+
+#: Bytes that the rows of a page come to, of what the driver gives: a page has a price of its own, worth some rows.
+PAGE = 2_000_000
+#: Rows that a page has at least, and at most, where nobody said how many.
+LEAST, MOST = 100, 10_000
+
+
+def as_large(limit: int, size: float) -> int:
+    """Return how many rows the next page is to have, if those of this one, ``limit``, are ``size`` bytes each."""
+    wanted = max(LEAST, min(MOST, int(PAGE / size)))
+    return max(limit // 2, min(limit * 2, wanted))
+
+
+def as_lists(chunks: Generator[ChunkRows]) -> Generator[list[Any]]:
+    """Yield the rows of each chunk in a list."""
+    with closing(chunks):
+        for rows in chunks:
+            yield listed(rows)
+            del rows
+
+
+def postponed(make: Callable[[], Generator[ChunkRows]]) -> Generator[ChunkRows]:
     """Yield what a walk yields that is planned when it is first asked for."""
     yield from make()
 
 
-def one_by_one(chunks: Generator[list[Any]]) -> Generator[Any]:
-    """Yield the rows of one list after the other."""
+def one_by_one(chunks: Generator[ChunkRows]) -> Generator[Any]:
+    """Yield the rows of one chunk after the other."""
     with closing(chunks):
         for rows in chunks:
             yield from rows

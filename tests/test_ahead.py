@@ -15,9 +15,9 @@ from django.test import override_settings
 from django.test.utils import CaptureQueriesContext
 
 from parallel_orm import events
-from parallel_orm.ahead import Ahead, helps
+from parallel_orm.ahead import Ahead, Effort, helps
 from parallel_orm.connections import lender
-from parallel_orm.task import Task, fetch
+from parallel_orm.rows import Opened
 from tests.testapp.models import Article
 
 WAIT = 60
@@ -173,15 +173,63 @@ def test_memory_is_that_of_two_chunks(articles, heard):
     assert most <= 5, "and five of the next chunk, that nobody has seen"
 
 
-def test_it_helps_where_rows_take_their_time():
-    assert helps(read=1.0, used=1.0)
-    assert not helps(read=1.0, used=0.01)
+def test_it_helps_where_one_waits_and_the_other_is_busy():
+    """And never where both are busy: Python is, in one thread at a time."""
+    waiting, busy, instant = Effort(1.0, 0.0), Effort(1.0, 1.0), Effort(0.00001, 0.00001)
+    assert helps(waiting, busy)
+    assert helps(busy, waiting)
+    assert helps(waiting, waiting)
+    assert not helps(busy, busy)
+    assert not helps(waiting, instant)
+    assert not helps(Effort(), Effort())
+
+
+def test_an_effort_tells_waiting_from_being_busy():
+    waiting, busy = Effort(), Effort()
+    with waiting:
+        threading.Event().wait(0.05)
+    with busy:
+        sum(range(1_000_000))
+    assert waiting.seconds >= 0.05
+    assert waiting.busy < waiting.seconds / 2
+    assert 0 < busy.busy <= busy.seconds
 
 
 def test_what_is_stale_is_dropped(articles, alias):
     """The barrier tells it before the read itself, which then is not waited for."""
     plan = articles.order_by("pk").explain_plan(10, walk=True)
-    ahead = Ahead(Task(plan.job(fetch), next(plan.chunks())))
+    ahead = Ahead(plan, next(plan.chunks()))
     articles.update(name="x")
     assert ahead.done()
-    assert ahead.outcome() is None
+    assert ahead.rows() is None
+
+
+@pytest.mark.parametrize("connection", ["kept open", "closed meanwhile", "closed at once"])
+def test_an_answer_waits_with_the_driver(articles, postgres, heard, monkeypatch, connection):
+    """What ran the query has given its connection back; where that is closed, the rows are read again, here."""
+    Article.objects.using(postgres).bulk_create(Article(name="x", rank=n) for n in range(500))
+    if connection != "closed at once":  # as in every test
+        monkeypatch.setattr("parallel_orm.connections.under_test", lambda: False)
+    fetched = []
+    fetch = Opened.fetch
+
+    def fetch_and_tell(self):
+        if self._cursor is not None:
+            fetched.append(threading.get_ident())
+        fetch(self)
+
+    monkeypatch.setattr(Opened, "fetch", fetch_and_tell)
+    try:
+        ranks = []
+        for number, chunk in enumerate(articles.using(postgres).filter(name="x").order_by("pk").chunks(100), 1):
+            heard.wait_for(finished=min(number, 4))
+            if connection == "closed meanwhile":
+                lender.close_idle()
+            ranks += [article.rank for article in chunk]
+        assert ranks == list(range(500))
+        assert heard.counts == {"started": 4, "finished": 4, "failed": 0}
+        here = [thread == threading.get_ident() for thread in fetched]
+        expected = {"kept open": [True] * 5, "closed meanwhile": [True] * 9, "closed at once": [True] + [False] * 4}
+        assert here == expected[connection]
+    finally:
+        lender.close_idle()

@@ -1,51 +1,89 @@
-"""Instances made fast are the instances that Django makes."""
+"""Rows made fast are the rows that Django makes."""
 
 from __future__ import annotations
 
 import datetime
 import decimal
+import gc
 import pickle
+import threading
 import uuid
+import weakref
 
 import pytest
+from django.core.exceptions import FieldError
 from django.db import connections, models
-from django.db.models.query import ModelIterable
+from django.db.models import Count, F, FilteredRelation, Model, Q, Value
+from django.db.models.functions import Upper
 from django.db.models.signals import post_init, pre_init
+from django.test import override_settings
 
-from parallel_orm.rows import FastModelIterable, is_plain, made_fast
+from parallel_orm import collector, makers, rows
+from parallel_orm.errors import InvalidOption
+from parallel_orm.makers import is_plain
+from parallel_orm.rows import Unmade, listed, read
 from tests.testapp.models import (
     Article,
     Author,
     ByText,
     ByUuid,
     Everything,
+    Note,
     OwnNew,
+    Pizzeria,
+    Place,
     PlainArticle,
     Profile,
+    RankedArticle,
     Restaurant,
     Seat,
     Tag,
+    Visit,
     WithFile,
 )
 
 
-def parts(instance):
-    """All that an instance is: its attributes in their order, and those of its state."""
-    assert instance._state.fields_cache == {}  # made when it is first asked for; Django asks early for foreign keys
-    columns = [(name, type(value), value) for name, value in vars(instance).items() if name != "_state"]
-    return type(instance), columns, list(vars(instance)), vars(instance._state)
+def parts(value, above=()):
+    """All that a row is: of an instance its attributes in their order, its state, and what hangs on it."""
+    if not isinstance(value, Model):
+        return type(value), value if not isinstance(value, dict) else list(value.items())
+    if any(value is each for each in above):
+        return "the one above", len(above)
+    above = (*above, value)
+    columns = [(name, parts(each, above)) for name, each in vars(value).items() if name != "_state"]
+    state = [
+        (
+            name,
+            [(key, parts(each, above)) for key, each in kept.items()] if name == "fields_cache" else (type(kept), kept),
+        )
+        for name, kept in vars(value._state).items()
+    ]
+    return type(value), [*vars(value)], columns, state
+
+
+@pytest.fixture(autouse=True)
+def every_row_is_worth_it(monkeypatch):
+    monkeypatch.setattr(rows, "FEW", 0)
 
 
 @pytest.fixture
-def rows(alias):
+def filled(alias):
     author = Author.objects.using(alias).create(name="Ada", born=1815)
-    Article.objects.using(alias).create(name="a", author=author, published=datetime.datetime.now(datetime.UTC))
+    first = Article.objects.using(alias).create(
+        name="a", author=author, published=datetime.datetime.now(datetime.UTC), rank=1
+    )
     Article.objects.using(alias).create(name="b", score=3)
+    first.tags.add(Tag.objects.using(alias).create(name="t"))
     ByUuid.objects.using(alias).create()
     ByText.objects.using(alias).create(code="x")
     Profile.objects.using(alias).create(author=author)
     Restaurant(name="r", stars=2).save(using=alias)
+    Pizzeria(name="p", stars=1, ovens=3).save(using=alias)
+    Place(name="q").save(using=alias)
+    Visit.objects.using(alias).create(place=Place.objects.using(alias).get(name="p"))
     Seat.objects.using(alias).create(row="A", number=1)
+    Note.plain.using(alias).create(name="n", author=author)
+    WithFile.objects.using(alias).create(file="a.txt")
     for full in (True, False):
         Everything.objects.using(alias).create(
             boolean=full,
@@ -63,32 +101,105 @@ def rows(alias):
     return alias
 
 
-@pytest.mark.parametrize(
-    "model",
-    [Article, PlainArticle, Author, ByUuid, ByText, Profile, Restaurant, Seat, Everything],
-    ids=lambda m: m.__name__,
-)
-def test_every_attribute_is_the_same(rows, model):
-    """Types, values, order and state, over every kind of key and field."""
-    queryset = model._default_manager.using(rows).order_by("pk")
-    fast = made_fast(queryset.all())
-    assert fast._iterable_class is FastModelIterable
-    assert [parts(instance) for instance in fast] == [parts(instance) for instance in queryset]
+ARTICLES, EVERYTHING = Article.objects.order_by("pk"), Everything.objects.order_by("pk")
+
+#: What comes out the same, made by us.
+MADE = {
+    **{
+        model.__name__: model._default_manager.order_by("pk")
+        for model in (
+            *(Article, PlainArticle, RankedArticle, Author, ByUuid, ByText, Profile, Place, Restaurant, Pizzeria),
+            *(Seat, Everything, WithFile, Visit),
+        )
+    },
+    "only": ARTICLES.only("name"),
+    "only a foreign key": ARTICLES.only("author"),
+    "defer": ARTICLES.defer("name", "author"),
+    "only of a parent's": Pizzeria.objects.order_by("pk").only("name", "ovens"),
+    "annotated": ARTICLES.annotate(shout=Upper("name"), tagged=Count("tags"), other=F("author__name")),
+    "annotated with names that are no Python": ARTICLES.annotate(
+        **{"class": F("name"), "ﬁ": F("rank"), "a-b": F("score")}
+    ),
+    "extra": ARTICLES.extra(select={"one": "1", "two": "rank + 1"}),
+    "extra and annotated": ARTICLES.annotate(shout=Upper("name")).extra(select={"one": "1"}).only("name"),
+    "ordered by what is not selected": Article.objects.only("name").order_by("rank", "pk").distinct(),
+    "values, ordered by what is not selected": Article.objects.order_by("rank", "pk").values("name").distinct(),
+    "select_related": ARTICLES.select_related("author"),
+    "select_related, of a parent": Visit.objects.order_by("pk").select_related("place"),
+    "select_related, two steps": Profile.objects.order_by("pk").select_related("author__profile"),
+    "select_related, backwards": Author.objects.order_by("pk").select_related("profile"),
+    "select_related, to children": Place.objects.order_by("pk").select_related("restaurant__pizzeria"),
+    "select_related, to a parent": Pizzeria.objects.order_by("pk").select_related("restaurant_ptr__place_ptr"),
+    "select_related and only": ARTICLES.select_related("author").only("name", "author__name"),
+    "select_related and annotated": ARTICLES.select_related("author").annotate(shout=Upper("author__name")),
+    "a filtered relation": Author.objects.order_by("pk")
+    .annotate(mine=FilteredRelation("profile", condition=Q(profile__bio="")))
+    .select_related("mine"),
+    "union": Article.objects.union(Article.objects.all()),
+    "values": EVERYTHING.values(),
+    "values of some": EVERYTHING.values("mood", "pk", shout=Upper("mood")),
+    "values of another's": ARTICLES.values("author__name", "author_id", "tags"),
+    "values, grouped": Article.objects.values("author").annotate(n=Count("pk")).order_by("author"),
+    "values, extra": ARTICLES.extra(select={"one": "1"}).values("name", "one"),
+    "values, of a union": Article.objects.values("name").union(Author.objects.values("name")),
+    "values_list": EVERYTHING.values_list(),
+    "values_list of some": EVERYTHING.values_list("mood", "pk", Upper("mood"), Value(1)),
+    "values_list, nothing to convert": ARTICLES.values_list("name", "rank"),
+    "flat": EVERYTHING.values_list("mood", flat=True),
+    "dates": Article.objects.exclude(published=None).dates("published", "year"),
+    "a reverse()": ARTICLES.reverse(),
+    "no rows": ARTICLES.filter(rank=-5),
+    "surely no rows": ARTICLES.none(),
+    "impossible": ARTICLES.filter(pk__in=[]),
+}
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_every_attribute_is_the_same(filled, name):
+    """Types, values, order, state and related objects."""
+    queryset = MADE[name].using(filled)
+    made, djangos = read(queryset.all()), list(queryset)
+    assert isinstance(made, Unmade) or (not djangos and made == [])
+    assert len(made) == len(djangos)
+    if djangos:
+        last = made.last()
+        *others, again = made
+        assert again is last
+        assert [parts(row) for row in (*others, last)] == [parts(row) for row in djangos]
+    for row, django_s in zip(listed(read(queryset.all())), djangos, strict=True):
+        assert row == django_s
+        if isinstance(row, Model):
+            assert pickle.loads(pickle.dumps(row)) == django_s
+            assert row.get_deferred_fields() == django_s.get_deferred_fields()
+
+
+def test_related_objects_that_are_known_hang_on_them(filled):
+    author = Author.objects.using(filled).get()
+    for known in (
+        author.articles.order_by("pk"),
+        author.articles.order_by("pk").select_related("author"),
+        author.notes.all(),
+    ):
+        made = read(known.all())
+        assert isinstance(made, Unmade)
+        (row,), (djangos,) = made, known.all()
+        assert [*vars(row)] == [*vars(djangos)]
+        assert (row.author is author) is (djangos.author is author)
+        assert row.author == author
+    both = author.articles.all() | Article.objects.using(filled).filter(author=None)
     assert (
-        [parts(instance) for instance in queryset.chunked_iterator(1)] == [parts(i) for i in queryset]
-        if hasattr(queryset, "chunked_iterator")
-        else True
+        [row.author for row in both.order_by("pk")]
+        == [author, None]
+        == [row.author for row in read(both.order_by("pk"))]
     )
-    for instance, djangos in zip(fast, queryset, strict=True):
-        assert instance == djangos
-        assert pickle.loads(pickle.dumps(instance)) == djangos
-        assert instance.get_deferred_fields() == set()
-        assert not instance._state.fields_cache
+    deferred = author.articles.defer("author")
+    assert isinstance(read(deferred.all()), list)
+    assert [parts(row)[2] for row in read(deferred.all())] == [parts(row)[2] for row in deferred]
 
 
-def test_they_live_as_djangos_do(rows):
+def test_they_live_as_djangos_do(filled):
     """Relations are asked for and kept, changes are saved, a refresh reads anew."""
-    (article,) = made_fast(Article.objects.using(rows).filter(name="a"))
+    (article,) = read(Article.objects.using(filled).filter(name="a"))
     assert article.author.name == "Ada"
     assert article._state.fields_cache
     article.author_id = None
@@ -97,34 +208,60 @@ def test_they_live_as_djangos_do(rows):
     article.save()
     article.refresh_from_db()
     assert (article.name, article.author) == ("changed", None)
-    other = made_fast(Article.objects.using(rows).filter(name="b")).get()
-    assert other._state.fields_cache is not article._state.fields_cache
+    one, other = read(Article.objects.using(filled).order_by("pk"))
+    assert one._state is not other._state
+    assert one._state.fields_cache is not other._state.fields_cache
+    (deferred,) = read(Article.objects.using(filled).only("rank").filter(name="b"))
+    assert (deferred.name, deferred.score) == ("b", 3)
 
 
-def test_where_anything_more_is_asked_django_makes_them(default):
-    """A queryset with more or less than whole rows is left as it is."""
-    author = Author(pk=1)
+def test_prefetches_are_made(filled):
+    (article,) = read(Article.objects.using(filled).prefetch_related("tags").filter(name="a"))
+    assert [tag.name for tag in article._prefetched_objects_cache["tags"]] == ["t"]
+
+
+def test_what_else_django_makes(filled):
+    """And comes out as its own."""
     for queryset in (
-        Article.objects.select_related("author"),
-        Article.objects.only("name"),
-        Article.objects.defer("name"),
-        Article.objects.annotate(n=models.Count("tags")),
-        Article.objects.extra(select={"one": "1"}),
-        Article.objects.values("name"),
-        author.articles.all(),
-        Article.objects.union(Article.objects.all()),
-        WithFile.objects.all(),
+        Seat.objects.values("pk", "taken"),
+        Seat.objects.values_list("pk", flat=True),
+        Article.objects.order_by("pk").values_list("name", "rank", named=True),
+        OwnNew.objects.all(),
+        Article.objects.raw("SELECT * FROM testapp_article ORDER BY id"),
     ):
-        before = queryset._iterable_class
-        assert made_fast(queryset)._iterable_class is before is not FastModelIterable
+        rows = queryset.using(filled)
+        made = read(queryset.using(filled))
+        assert isinstance(made, list)
+        assert [parts(row) for row in made] == [parts(row) for row in rows]
+        assert made
 
 
-def test_where_a_model_would_notice_django_makes_them(monkeypatch):
+class Mixin:
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.noticed = True
+
+
+class Beside(Tag, Mixin):
+    """Django's ``__init__`` calls that of the mixin, at its end."""
+
+    class Meta:
+        proxy = True
+        app_label = "testapp"
+
+
+def test_where_a_model_would_notice_django_makes_them(filled, monkeypatch):
     def own(self, *args, **kwargs):
         raise AssertionError
 
+    def is_made():
+        return isinstance(read(ARTICLES.using(filled).select_related("author")), Unmade)
+
     assert is_plain(Tag)
     assert not is_plain(OwnNew)
+    assert not is_plain(Beside)
+    assert all(tag.noticed for tag in read(Beside._default_manager.using(filled)))
+    assert is_made()
     for name in ("__init__", "__setattr__"):
         with monkeypatch.context() as patch:
             patch.setattr(Tag, name, own, raising=False)
@@ -132,24 +269,166 @@ def test_where_a_model_would_notice_django_makes_them(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Tag, "from_db", classmethod(own))
         assert not is_plain(Tag)
-    with monkeypatch.context() as patch:
-        patch.setattr(Tag, "name", property(own))
-        assert not is_plain(Tag)
     for signal in (pre_init, post_init):
-        signal.connect(own, sender=Tag)
+        heard = []
+
+        def hear(heard=heard, **kwargs):
+            heard.append(kwargs["sender"])
+
+        signal.connect(hear, sender=Author)
         try:
-            assert not is_plain(Tag)
-            assert is_plain(Author)
+            assert not is_plain(Author)
+            assert is_plain(Tag)
+            assert not is_made(), "although it is the related object that somebody listens to"
+            assert heard == [Author]
         finally:
-            signal.disconnect(own, sender=Tag)
-    assert is_plain(Tag)
+            signal.disconnect(hear, sender=Author)
+    assert is_made()
+
+
+class Descriptor:
+    """Keeps what it is given, and what it could see when it was."""
+
+    def __set_name__(self, owner, name):
+        self.name = name
+
+    def __get__(self, instance, owner=None):
+        return self if instance is None else instance.__dict__[self.name]
+
+    def __set__(self, instance, value):
+        instance.__dict__[self.name] = value
+        instance.__dict__.setdefault("seen", []).append((value, instance._state.adding, [*vars(instance)]))
+
+
+@pytest.mark.parametrize("name", ["name", "author_id", "rank"])
+def test_a_descriptor_of_a_fields_own_is_told_as_django_tells_it(filled, monkeypatch, name):
+    descriptor = Descriptor()
+    descriptor.name = name
+    monkeypatch.setattr(Article, name, descriptor)
+    made = read(ARTICLES.using(filled))
+    assert isinstance(made, Unmade)
+    assert [parts(row) for row in made] == [parts(row) for row in ARTICLES.using(filled)]
+
+
+def test_a_compiler_with_ways_of_its_own_is_left_alone(filled, monkeypatch):
+    queryset = ARTICLES.using(filled)
+    compiler = type(queryset.query.get_compiler(using=filled))
+
+    class Own(compiler):
+        def apply_converters(self, *args):
+            return super().apply_converters(*args)
+
+    monkeypatch.setattr(type(queryset.query), "get_compiler", lambda self, using: Own(self, connections[using], using))
+    assert isinstance(read(queryset.all()), list)
+
+
+def test_a_queryset_class_with_ways_of_its_own_is_left_alone(filled):
+    class Own(models.QuerySet):
+        def __iter__(self):
+            return iter(["its own"])
+
+    class OwnRows(models.query.ModelIterable):
+        def __iter__(self):
+            number = self.queryset.count()
+            for row in super().__iter__():
+                row.name = f"{row.name.upper()} of {number}"
+                yield row
+
+    assert read(Own(Tag, using=filled)) == ["its own"]
+    queryset = Tag.objects.using(filled)
+    queryset._iterable_class = OwnRows
+    assert [tag.name for tag in read(queryset)] == ["T of 1"]
+
+
+def test_few_rows_are_left_to_django(filled, monkeypatch):
+    monkeypatch.setattr(rows, "FEW", 3)
+    monkeypatch.setattr(makers._Code, "function", None)
+    queryset = ARTICLES.using(filled).select_related("author").annotate(n=Count("tags"))
+    made = read(queryset.all())
+    assert isinstance(made, list)
+    assert [parts(row) for row in made] == [parts(row) for row in queryset]
+    assert read(EVERYTHING.using(filled).values_list()) == list(EVERYTHING.using(filled).values_list())
+
+
+def test_an_error_of_a_converter_is_djangos(filled, monkeypatch):
+    def broken(self, value, expression, connection):
+        raise FieldError(f"no mood in {connection.alias}")
+
+    monkeypatch.setattr(type(Everything._meta.get_field("mood")), "from_db_value", broken)
+    with pytest.raises(FieldError, match=f"no mood in {filled}"):
+        list(read(EVERYTHING.using(filled)))
+
+
+def test_rows_are_made_one_by_one(filled):
+    """And nobody but the loop holds them."""
+    made = iter(read(ARTICLES.using(filled)))
+    first = weakref.ref(next(made))
+    second = next(made)
+    assert first() is None
+    assert second.name == "b"
 
 
 def test_fetch_modes_are_kept(default):
     if not hasattr(models, "FETCH_PEERS"):
         pytest.skip("since Django 6.1")
-    Tag.objects.using(default).create(name="t")
-    raising = Tag.objects.using(default).fetch_mode(models.FETCH_RAISE)
-    assert [parts(i) for i in made_fast(raising.all())] == [parts(i) for i in raising]
-    assert made_fast(Tag.objects.fetch_mode(models.FETCH_PEERS))._iterable_class is ModelIterable
+    author = Author.objects.using(default).create(name="Ada")
+    Article.objects.using(default).create(name="a", author=author)
+    for mode in (models.FETCH_RAISE, models.FETCH_ONE):
+        rows = Article.objects.using(default).select_related("author").fetch_mode(mode)
+        made = read(rows.all())
+        assert isinstance(made, Unmade)
+        assert [parts(row) for row in made] == [parts(row) for row in rows]
+    peers = Article.objects.using(default).fetch_mode(models.FETCH_PEERS)
+    assert isinstance(read(peers.all()), list)
+    assert all(len(row._state.peers) == 1 for row in read(peers))
     connections.close_all()
+
+
+# --- The cyclic collector -------------------------------------------------------
+
+
+def test_the_collector_pauses_while_a_list_is_made(filled):
+    seen = []
+    unmade = Unmade([(1,)], lambda given: (seen.append(gc.isenabled()) or row for row in given))
+    assert listed(unmade) == [(1,)]
+    assert seen == [False]
+    assert gc.isenabled()
+    with override_settings(PARALLEL_ORM={"PAUSE_GC": False}):
+        listed(Unmade([(1,)], lambda given: (seen.append(gc.isenabled()) or row for row in given)))
+    assert seen == [False, True]
+    with override_settings(PARALLEL_ORM={"PAUSE_GC": 1}), pytest.raises(InvalidOption, match="PAUSE_GC"):
+        listed(Unmade([], iter))
+
+
+def test_pauses_nest_and_end_with_an_error():
+    with pytest.raises(ZeroDivisionError), collector.paused(), collector.paused():
+        raise ZeroDivisionError
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        with collector.paused():
+            pass
+        assert not gc.isenabled(), "never switched on for who had it off"
+    finally:
+        gc.enable()
+
+
+def test_pauses_of_several_threads_overlap():
+    entered, leave = threading.Event(), threading.Event()
+
+    def pause():
+        with collector.paused():
+            entered.set()
+            leave.wait(60)
+
+    thread = threading.Thread(target=pause)
+    thread.start()
+    try:
+        assert entered.wait(60)
+        with collector.paused():
+            pass
+        assert not gc.isenabled(), "the other one is at it still"
+    finally:
+        leave.set()
+        thread.join(60)
+    assert gc.isenabled()

@@ -11,7 +11,7 @@ from django.db.models import Count
 from django.test import TestCase
 from django.test.utils import CaptureQueriesContext
 
-from parallel_orm import errors
+from parallel_orm import errors, walk
 from tests.testapp.models import Article, Tag
 
 WAIT = 60
@@ -69,6 +69,19 @@ def test_a_walk_sees_one_moment(articles, of):
         isinstance(row, dict) and row.pop("_state", None)
     assert walked == expected
     assert articles.count() == 35, "and what comes after it sees now"
+
+
+def test_where_the_rows_end_is_of_that_moment(articles, monkeypatch):
+    """The end is asked for when there is a first chunk: by then others have deleted it."""
+    read_chunk, ranks = walk.read_chunk, [*range(50)]
+
+    def read_and_delete(plan, chunk):
+        rows = read_chunk(plan, chunk)
+        elsewhere(lambda: articles.filter(rank__gte=20).delete())
+        return rows
+
+    monkeypatch.setattr(walk, "read_chunk", read_and_delete)
+    assert [article.rank for article in articles.order_by("pk").chunked_iterator(10, consistent=True)] == ranks
 
 
 def test_a_walk_without_it_does_not(articles):

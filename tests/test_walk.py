@@ -31,7 +31,7 @@ from django.test.utils import CaptureQueriesContext
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from parallel_orm import errors
+from parallel_orm import errors, walk
 from parallel_orm.ordering import keyset_of
 from tests.testapp.models import (
     Article,
@@ -263,6 +263,43 @@ def test_the_number_of_queries(articles, alias):
         assert len(queries) == 2
         assert len(list(walk)) == 49
         assert len(queries) == 4
+
+
+def test_a_walk_of_one_chunk_is_one_query(articles, alias):
+    with CaptureQueriesContext(connections[alias]) as queries:
+        assert len(list(articles.order_by("pk").chunked_iterator())) == articles.count()
+    assert len(queries) == 2, "the walk's, and count()'s"
+
+
+@pytest.mark.parametrize(
+    ("text", "lengths"), [("x", [200, 400, 800, 100]), ("x" * 20_000, [200, 100, 100, 30])], ids=["slim", "wide"]
+)
+def test_pages_are_as_large_as_their_rows_are_small(alias, monkeypatch, text, lengths):
+    """At most twice or half as large as the one before. Not where somebody said how many rows a chunk is to have."""
+    monkeypatch.setattr("parallel_orm.plan.WALK_CHUNK_SIZE", 200)
+    number = sum(lengths)
+    authors = Author.objects.using(alias).bulk_create(Author(name="a") for _ in range(number))
+    Profile.objects.using(alias).bulk_create([Profile(author=author, bio=text) for author in authors], batch_size=100)
+    seen = []
+    read_chunk = walk.read_chunk
+    monkeypatch.setattr(walk, "read_chunk", lambda plan, chunk: seen.append(rows := read_chunk(plan, chunk)) or rows)
+    monkeypatch.setattr(walk, "helps", lambda reading, using: False)  # what is read ahead is read by others
+    profiles = Profile.objects.using(alias).order_by("pk")
+    assert sum(1 for _ in profiles.chunked_iterator()) == number
+    assert [len(rows) for rows in seen] == lengths
+    seen.clear()
+    assert sum(1 for _ in profiles.chunked_iterator(150)) == number
+    assert {len(rows) for rows in seen[:-1]} == {150}
+    assert {len(rows) for rows in profiles.chunks()} <= {200, number % 200}
+
+
+def test_how_large_a_page_is():
+    assert walk.as_large(2_000, size=450) == 4_000
+    assert walk.as_large(4_000, size=450) == 4_444
+    assert walk.as_large(4_000, size=10) == 8_000
+    assert walk.as_large(8_000, size=10) == 10_000
+    assert walk.as_large(2_000, size=1_000_000) == 1_000
+    assert walk.as_large(150, size=1_000_000) == 100
 
 
 def test_rows_that_come_and_go(articles, alias):
