@@ -9,6 +9,10 @@ import json
 import os
 from typing import Any
 
+from tests import servers
+
+servers.stand_in_for_mysqlclient()
+
 DATABASES: dict[str, Any] = json.loads(os.environ.get("PARALLEL_ORM_BENCHMARK_DATABASES", "{}"))
 DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 INSTALLED_APPS = ["parallel_orm", "benchmarks"]

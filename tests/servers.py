@@ -77,6 +77,14 @@ def find_mariadb() -> Found:
     return _checked(name, settings, _ask_mariadb)
 
 
+def stand_in_for_mysqlclient() -> None:
+    """Let PyMySQL be what Django asks for, where mysqlclient is not installed and PyMySQL is."""
+    if _importable("pymysql") and not _importable("MySQLdb"):
+        import pymysql
+
+        pymysql.install_as_MySQLdb()
+
+
 def _importable(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 

@@ -12,15 +12,9 @@ import json
 import os
 from typing import Any
 
-try:
-    import MySQLdb  # noqa: F401
-except ImportError:
-    try:
-        import pymysql
-    except ImportError:
-        pass
-    else:
-        pymysql.install_as_MySQLdb()
+from tests import servers
+
+servers.stand_in_for_mysqlclient()
 
 # Without the environment (a type checker, a script) there is only what needs no server.
 _WITHOUT_SERVERS: dict[str, Any] = {
