@@ -1,37 +1,51 @@
-"""``python -m benchmarks [background|page|map|walk ...] [--rounds N] [--rows N]``."""
+"""``python -m benchmarks [name ...] [--on DATABASE] [--rounds N] [--rows N]``."""
 
 from __future__ import annotations
 
 import argparse
 import signal
 import sys
-from importlib import import_module
+from pkgutil import resolve_name
 
-from benchmarks.databases import made
+from benchmarks.databases import ALIASES, made
 
-MODULES = {
-    "background": "benchmarks.background",
-    "page": "benchmarks.page",
-    "map": "benchmarks.maps",
-    "walk": "benchmarks.walk",
+BENCHMARKS = {
+    "background": "benchmarks.background:run",
+    "page": "benchmarks.page:run",
+    "map": "benchmarks.maps:run",
+    "walk": "benchmarks.walk:run",
+    "peers": "benchmarks.walk:peers",
+    "far": "benchmarks.latency:far_away",
+    "small": "benchmarks.latency:small",
+    "planning": "benchmarks.latency:planning",
+}
+#: Run when asked for: they take very long, or gigabytes.
+LONG = {
+    "offset": "benchmarks.walk:offset",
+    "memory": "benchmarks.walk:memory",
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="name", help=f"{', '.join(MODULES)}; all of them by default")
+    names = f"{', '.join(BENCHMARKS)}; all of them by default, and not {', '.join(LONG)}, which are long"
+    parser.add_argument("names", nargs="*", metavar="name", help=names)
+    parser.add_argument("--on", action="append", choices=ALIASES, help="a database; all that answer by default")
     parser.add_argument("--rounds", type=int, help="how often each variant is measured; each benchmark has a default")
-    parser.add_argument("--rows", type=int, help="rows of the table; 1, 50,000 and 1,000,000 by default")
+    parser.add_argument("--rows", type=int, help="rows of the table; each benchmark has a default")
     given = parser.parse_args()
-    if unknown := set(given.names) - set(MODULES):
-        parser.error(f"{', '.join(sorted(unknown))}: there are {', '.join(MODULES)}")
+    known = BENCHMARKS | LONG
+    if unknown := set(given.names) - set(known):
+        parser.error(f"{', '.join(sorted(unknown))}: there are {', '.join(known)}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("Terminated."))  # so that the databases are dropped then too
-    with made() as databases:
+    with made(given.on or ALIASES) as databases:
+        if not databases:
+            parser.error(f"none of {', '.join(given.on or ALIASES)} can be had here")
         from benchmarks.measure import environment, load
 
-        for name in given.names or MODULES:
+        for name in given.names or BENCHMARKS:
             print(f"## {name}\n\n{environment(databases)}\n", flush=True)
-            import_module(MODULES[name]).run(databases, rounds=given.rounds, rows=given.rows)
+            resolve_name(known[name])(databases, rounds=given.rounds, rows=given.rows)
             print(f"At the end: {load()}.\n", flush=True)
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import statistics
 from collections import Counter
 
-from benchmarks.measure import Measure, alternate, show, timed
-from benchmarks.models import Article, drop_table, make_table
+from benchmarks.measure import alternate, show, timed, typical
+from benchmarks.models import Article, table
 
 #: Seconds that the server spends on a slow query.
 SECONDS = 0.05
@@ -17,13 +16,10 @@ TRIVIAL = 200
 def run(databases: dict[str, str], *, rounds: int | None, rows: int | None) -> None:
     rounds = rounds or 21
     for alias in databases:
-        make_table(alias, rows or 1)
-        try:
+        with table(alias, rows or 1):
             if alias == "postgres":
                 side_by_side(alias, rounds)
             trivial(alias, rounds)
-        finally:
-            drop_table(alias)
 
 
 def side_by_side(alias: str, rounds: int) -> None:
@@ -65,14 +61,12 @@ def trivial(alias: str, rounds: int) -> None:
     def share(reason: str | None) -> str:
         return f"{reasons[reason] / reasons.total():.0%}"
 
-    variants = {"inline": median_of(timed(inline)), "started, then used at once": median_of(timed(started))}
+    variants = {
+        "inline": typical(timed(inline), TRIVIAL),
+        "started, then used at once": typical(timed(started), TRIVIAL),
+    }
     alternate(variants, 1)
     reasons.clear()
     taken = alternate(variants, rounds)
     show(f"A trivial query by primary key, {alias}", taken, ["inline"], unit="microseconds", factor=1e6)
     print(f"Of those started, a thread ran {share(None)} and the caller itself {share('stolen')}.\n")
-
-
-def median_of(measure: Measure) -> Measure:
-    """Return the measure of a typical one among many: they are shorter than what disturbs them."""
-    return lambda: statistics.median(measure() for _ in range(TRIVIAL))

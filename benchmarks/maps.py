@@ -11,8 +11,8 @@ from time import perf_counter
 
 import django
 
-from benchmarks.measure import alternate, show, timed
-from benchmarks.models import Article, drop_table, make_table
+from benchmarks.measure import alternate, show, spin, timed, turns_that_take
+from benchmarks.models import Article, table
 from parallel_orm.executors.processes import end_pools
 from parallel_orm.options import default_start_method
 
@@ -23,32 +23,19 @@ PROCESSES = 2
 CHUNK_SIZES = (20, 100, 500, 2_500)
 
 
-def spin(turns: int, row: Article) -> int:
-    """Compute for as long as ``turns`` says; different for each row."""
-    total = row.pk
-    for turn in range(turns):
-        total += turn
-    return int(total)
-
-
-def turns_that_take(seconds: float) -> int:
-    """How many turns :func:`spin` needs for that, on this machine when nobody disturbs it: the best of many tries."""
-    row, turns = Article(pk=0), 10_000
-    return round(turns * seconds / min(timed(lambda: spin(turns, row))() for _ in range(200)))
+def compute(turns: int, row: Article) -> int:
+    return spin(turns, row.pk)
 
 
 def run(databases: dict[str, str], *, rounds: int | None, rows: int | None) -> None:
     rounds, rows = rounds or 7, rows or 50_000
     alias = next(iter(databases))
-    make_table(alias, rows)
-    try:
+    with table(alias, rows):
         compare(alias, rows, rounds)
-    finally:
-        drop_table(alias)
 
 
 def compare(alias: str, rows: int, rounds: int) -> None:
-    function = partial(spin, turns_that_take(SECONDS))
+    function = partial(compute, turns_that_take(SECONDS))
     queryset = Article.objects.using(alias).order_by("pk")
     # The executor's workers start as ours do. They are given the rows, so they need Django to open them.
     executor = ProcessPoolExecutor(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
@@ -24,6 +24,24 @@ def timed(function: Callable[[], object]) -> Measure:
         return perf_counter() - began
 
     return measure
+
+
+def typical(measure: Measure, times: int) -> Measure:
+    """Return the measure of a typical one among so many: they are shorter than what disturbs them."""
+    return lambda: statistics.median(measure() for _ in range(times))
+
+
+def spin(turns: int, number: int) -> int:
+    """Compute for as long as ``turns`` says; something else for each number."""
+    for turn in range(turns):
+        number += turn
+    return number
+
+
+def turns_that_take(seconds: float) -> int:
+    """How many turns :func:`spin` needs for that, on this machine when nobody disturbs it: the best of many tries."""
+    turns = 10_000
+    return round(turns * seconds / min(timed(lambda: spin(turns, 0))() for _ in range(200)))
 
 
 def alternate(variants: Mapping[str, Measure], rounds: int) -> dict[str, list[float]]:
@@ -63,7 +81,7 @@ def ratio(taken: Mapping[str, list[float]], name: str, baseline: str) -> Spread:
 
 
 def show(
-    title: str, taken: Mapping[str, list[float]], baselines: list[str], *, unit: str = "ms", factor: float = 1e3
+    title: str, taken: Mapping[str, list[float]], baselines: Sequence[str], *, unit: str = "ms", factor: float = 1e3
 ) -> None:
     """Print a table in Markdown: each variant, and its ratio to each baseline; medians, least and most in brackets."""
     digits = 0 if factor * max(map(max, taken.values())) >= 1_000 else 2

@@ -1,15 +1,23 @@
-"""One table of seven columns, by our manager and by Django's own."""
+"""One table of seven columns, by our manager and by Django's own, and one that it refers to."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from django.db import connections, models
 
 from parallel_orm import ParallelManager
 
+AUTHORS = 1_000
 
-class Article(models.Model):
+
+class Author(models.Model):
+    name = models.CharField(max_length=100)
+
+
+class Columns(models.Model):
     title = models.CharField(max_length=100)
-    author_id = models.IntegerField()
     words = models.IntegerField()
     rating = models.FloatField()
     draft = models.BooleanField()
@@ -18,34 +26,61 @@ class Article(models.Model):
     objects = ParallelManager()
     plain = models.Manager()  # noqa: DJ012 - a manager, whatever the rule takes it for
 
+    class Meta:
+        abstract = True
 
-#: The numbers from 1 to %s, in a column n.
-_NUMBERS = {
-    "postgresql": "SELECT n FROM generate_series(1, %s) AS numbers (n)",
-    "sqlite": "WITH RECURSIVE numbers (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM numbers WHERE n < %s) "
-    "SELECT n FROM numbers",
+
+class Article(Columns):
+    author_id = models.IntegerField()
+
+
+class SignedArticle(Columns):
+    """The same rows, for ``select_related``."""
+
+    author = models.ForeignKey(Author, models.DO_NOTHING)
+
+    class Meta:
+        managed = False
+        db_table = "benchmarks_article"
+
+
+#: Numbers n from 1 on, a title and a day for each.
+_SOURCES = {
+    "postgresql": "SELECT n, 'The story of the article number ' || n AS title, "
+    "timestamptz '2020-01-01 00:00+00' + n % 2000 * interval '1 day' AS published "
+    "FROM generate_series(1, {rows}) AS numbers (n)",
+    "sqlite": "WITH RECURSIVE numbers (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM numbers WHERE n < {rows}) "
+    "SELECT n, 'The story of the article number ' || n AS title, "
+    "datetime('2020-01-01', '+' || (n % 2000) || ' days') AS published FROM numbers",
+    "mysql": "SELECT seq AS n, concat('The story of the article number ', seq) AS title, "
+    "timestampadd(DAY, seq % 2000, '2020-01-01') AS published FROM seq_1_to_{rows}",
 }
-_DAY = {
-    "postgresql": "timestamptz '2020-01-01 00:00+00' + n %% 2000 * interval '1 day'",
-    "sqlite": "datetime('2020-01-01', '+' || (n %% 2000) || ' days')",
-}
+_ANALYSE = {"postgresql": "VACUUM ANALYZE", "sqlite": "ANALYZE", "mysql": "ANALYZE TABLE benchmarks_article"}
 
 
-def make_table(alias: str, rows: int) -> None:
-    """Make the table and fill it, within the database."""
+@contextmanager
+def table(alias: str, rows: int) -> Iterator[None]:
+    """Make the tables and fill them, within the database; drop them in the end."""
     connection = connections[alias]
+    source = _SOURCES[connection.vendor]
     with connection.schema_editor() as editor:
+        editor.create_model(Author)
         editor.create_model(Article)
-    with connection.cursor() as cursor:
-        cursor.execute(
-            "INSERT INTO benchmarks_article (title, author_id, words, rating, draft, published) "
-            "SELECT 'The story of the article number ' || n, n %% 1000, n %% 5000, n / 7.0, n %% 3 = 0, "
-            f"{_DAY[connection.vendor]} FROM ({_NUMBERS[connection.vendor]}) AS source",
-            [rows],
-        )
-        cursor.execute("VACUUM ANALYZE" if connection.vendor == "postgresql" else "ANALYZE")
-
-
-def drop_table(alias: str) -> None:
-    with connections[alias].schema_editor() as editor:
-        editor.delete_model(Article)
+    try:
+        with connection.cursor() as cursor:
+            cursor.execute(
+                "INSERT INTO benchmarks_author (id, name) "
+                f"SELECT n, title FROM ({source.format(rows=AUTHORS)}) AS source"
+            )
+            cursor.execute(
+                "INSERT INTO benchmarks_article (title, author_id, words, rating, draft, published) "
+                f"SELECT title, n % {AUTHORS} + 1, n % 5000, n / 7.0, n % 3 = 0, published "
+                f"FROM ({source.format(rows=rows)}) AS source"
+            )
+            cursor.execute(_ANALYSE[connection.vendor])
+        yield
+    finally:
+        connection.close()  # the run may have been ended amid an answer
+        with connection.schema_editor() as editor:
+            editor.delete_model(Article)
+            editor.delete_model(Author)

@@ -14,13 +14,11 @@ from typing import Any
 from asgiref.sync import sync_to_async
 from django.db import connections, transaction
 
-from benchmarks.measure import Measure, alternate, show, timed
-from benchmarks.models import Article, drop_table, make_table
-from benchmarks.proxy import delayed
+from benchmarks.measure import alternate, show, timed, typical
+from benchmarks.models import Article, table
+from benchmarks.proxy import LATENCY, far
 from parallel_orm.options import from_settings
 
-#: Seconds from a query's sending to its answer's arrival, beside what the server takes.
-LATENCY = 0.002
 #: Seconds that the server spends on each of four queries under asyncio.
 SLOW = 0.05
 #: Threads of a web server, and pages that each of them serves in a round.
@@ -31,14 +29,11 @@ def run(databases: dict[str, str], *, rounds: int | None, rows: int | None) -> N
     if "postgres" not in databases:
         print("This one needs PostgreSQL.\n")
         return
-    make_table("postgres", rows or 20_000)
-    try:
+    with table("postgres", rows or 20_000):
         far_away(rounds or 21)
         break_even(rounds or 11)
         asyncio.run(under_asyncio(rounds or 11))
         busy_server(rounds or 5)
-    finally:
-        drop_table("postgres")
 
 
 def queries(alias: str, manager: Any) -> list[Any]:
@@ -73,26 +68,17 @@ def within(alias: str, page: Callable[[str], None]) -> Callable[[], None]:
 
 
 def far_away(rounds: int) -> None:
-    settings = connections["postgres"].settings_dict
-    with delayed(settings["HOST"] or "127.0.0.1", int(settings["PORT"] or 5432), LATENCY) as port:
-        connections.settings["far"] = {**settings, "HOST": "127.0.0.1", "PORT": port}
-        started("far")
+    with far("postgres") as alias:
+        started(alias)
         variants = {
-            "inline": timed(lambda: inline("far")),
-            "started": timed(lambda: started("far")),
-            "inline, in a transaction": timed(within("far", inline)),
-            "started, in a transaction": timed(within("far", started)),
+            "inline": timed(lambda: inline(alias)),
+            "started": timed(lambda: started(alias)),
+            "inline, in a transaction": timed(within(alias, inline)),
+            "started, in a transaction": timed(within(alias, started)),
         }
         taken = alternate(variants, rounds)
-        show(
-            f"A page of six queries, {LATENCY * 1000:.0f} ms from its database",
-            taken,
-            ["inline", "inline, in a transaction"],
-        )
-        connections["far"].close()
-        from parallel_orm.connections import lender
-
-        lender.close_idle()
+        title = f"A page of six queries, {LATENCY * 1000:.0f} ms from its database"
+        show(title, taken, ["inline", "inline, in a transaction"])
 
 
 def break_even(rounds: int) -> None:
@@ -110,7 +96,7 @@ def break_even(rounds: int) -> None:
             first = slow.all().start_fetch()
             list(slow.all()), list(first)
 
-        variants = {"inline": _typical(one_after_another), "started": _typical(side_by_side)}
+        variants = {"inline": typical(timed(one_after_another), 40), "started": typical(timed(side_by_side), 40)}
         alternate(variants, 1)
         taken = alternate(variants, rounds)
         ratio = statistics.median(b / a for a, b in zip(taken["inline"], taken["started"], strict=True))
@@ -119,11 +105,6 @@ def break_even(rounds: int) -> None:
     print("| " + " | ".join(f"{milliseconds} ms" for milliseconds, _ in best) + " |")
     print("|" + "---|" * len(best))
     print("| " + " | ".join(f"{ratio:.2f}" for _, ratio in best) + " |\n")
-
-
-def _typical(function: Callable[[], None]) -> Measure:
-    measure = timed(function)
-    return lambda: statistics.median(measure() for _ in range(40))
 
 
 async def under_asyncio(rounds: int) -> None:

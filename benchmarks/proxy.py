@@ -8,6 +8,9 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+#: Seconds from a query's sending to its answer's arrival, beside what the server takes.
+LATENCY = 0.002
+
 
 @contextmanager
 def delayed(host: str, port: int, seconds: float) -> Iterator[int]:
@@ -19,6 +22,25 @@ def delayed(host: str, port: int, seconds: float) -> Iterator[int]:
             yield int(process.stdout.readline())
         finally:
             process.terminate()
+
+
+@contextmanager
+def far(alias: str) -> Iterator[str]:
+    """Yield another alias of the same database, which answers later by :data:`LATENCY`."""
+    from django.db import connections
+
+    from parallel_orm.connections import lender
+
+    settings = connections[alias].settings_dict
+    port = settings["PORT"] or {"postgresql": 5432, "mysql": 3306}[connections[alias].vendor]
+    with delayed(settings["HOST"] or "127.0.0.1", int(port), LATENCY) as port:
+        connections.settings["far"] = {**settings, "HOST": "127.0.0.1", "PORT": port}
+        try:
+            yield "far"
+        finally:
+            connections["far"].close()
+            del connections["far"], connections.settings["far"]
+            lender.close_idle()
 
 
 async def _serve(host: str, port: int, delay: float) -> None:

@@ -1,101 +1,60 @@
-"""A walk over a big table: time, and how far the memory grows. Each in a fresh child process of its own."""
+"""Walks over a big table: by what a row is, by what it is used for, beside their peers. Each in a fresh process."""
 
 from __future__ import annotations
 
-import json
-import resource
-import subprocess
-import sys
-from collections.abc import Callable, Iterable
-from pathlib import Path
-from time import perf_counter, process_time
+from collections.abc import Sequence
+from typing import Any
 
-#: What a plain consumer may loop over.
-VARIANTS: dict[str, Callable[..., Iterable[object]]] = {
-    "iterator()": lambda alias: _articles().plain.using(alias).order_by("pk").iterator(),
-    "chunked_iterator()": lambda alias: _articles().objects.using(alias).order_by("pk").chunked_iterator(),
-    "list()": lambda alias: list(_articles().plain.using(alias).order_by("pk")),
-}
+from benchmarks.measure import alternate, show, turns_that_take
+from benchmarks.models import table
+from benchmarks.ways import BOTH, SECONDS, Children, Walk, can_be_had
 
 
 def run(databases: dict[str, str], *, rounds: int | None, rows: int | None) -> None:
-    from benchmarks.measure import alternate, show
-    from benchmarks.models import drop_table, make_table
-
-    rounds, rows = rounds or 5, rows or 1_000_000
+    """By what a row is, and what it is used for."""
+    rounds, rows, turns = rounds or 5, rows or 100_000, turns_that_take(SECONDS)
     for alias in databases:
-        make_table(alias, rows)
-        try:
-            children = {name: Children(name, alias, rows) for name in VARIANTS}
-            taken = alternate(children, rounds)
-        finally:
-            drop_table(alias)
-        title = f"A walk over {rows:,} rows of 7 columns, {alias}"
-        show(f"{title}, time", taken, ["iterator()"])
-        processor = {name: child.processor for name, child in children.items()}
-        show(f"{title}, processor time of the client", processor, ["iterator()"])
-        memory = {name: child.memory for name, child in children.items()}
-        show(f"{title}, growth of the client's memory", memory, [], unit="MB", factor=1)
+        with table(alias, rows):
+            compare("instances", (*BOTH, "chunks()", "list()"), rounds, alias=alias, rows=rows, everything=True)
+            for kind in ("values_list", "select_related"):
+                compare(kind, BOTH, rounds, alias=alias, rows=rows, kind=kind)
+            for consumer in ("computes", "waits"):
+                title = f"a loop that {consumer} for {SECONDS * 1e6:.0f} microseconds a row"
+                compare(title, BOTH, rounds, alias=alias, rows=rows, consumer=consumer, turns=turns)
 
 
-class Children:
-    """Measures a variant in one child process after the other."""
-
-    def __init__(self, name: str, alias: str, rows: int) -> None:
-        self.arguments = [name, alias, str(rows)]
-        self.processor: list[float] = []
-        self.memory: list[float] = []
-
-    def __call__(self) -> float:
-        command = [sys.executable, "-m", "benchmarks.walk", *self.arguments]
-        told = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
-        self.processor.append(told["processor"])
-        self.memory.append(told["memory"])
-        return float(told["seconds"])
+def peers(databases: dict[str, str], *, rounds: int | None, rows: int | None) -> None:
+    """Other ways to walk in memory for a part of the table."""
+    _beside(databases, (*BOTH, "django-chunkator", "queryset_iterator"), rounds, rows)
 
 
-# --- In the child ---------------------------------------------------------------
+def offset(databases: dict[str, str], *, rounds: int | None, rows: int | None) -> None:
+    """Pages by OFFSET, which take longer the further they are: quadratic."""
+    _beside(databases, (*BOTH, "OFFSET pages"), rounds, rows)
 
 
-def child(name: str, alias: str, rows: int) -> None:
-    """Walk once and print what it took."""
-    import django
-
-    django.setup()
-    # What is imported and connected at first use is not what is measured. Few rows, or their memory would be reused.
-    for manager in (_articles().plain, _articles().objects):
-        assert list(manager.using(alias).filter(pk=1).iterator())
-    assert list(_articles().objects.using(alias).filter(pk=1).chunked_iterator())
-    before, processor, began, seen = peak_memory(), process_time(), perf_counter(), 0
-    for _ in VARIANTS[name](alias):
-        seen += 1
-    taken = {
-        "seconds": perf_counter() - began,
-        "processor": process_time() - processor,
-        "memory": (peak_memory() - before) / 1e6,
-    }
-    assert seen == rows
-    print(json.dumps(taken))
+def memory(databases: dict[str, str], *, rounds: int | None, rows: int | None) -> None:
+    """Whether a table a hundred times as big takes more of it."""
+    alias = next(iter(databases))
+    for number in (100_000, rows or 10_000_000):
+        with table(alias, number):
+            compare("instances", BOTH, rounds or 1, alias=alias, rows=number, everything=True)
 
 
-def _articles() -> type:
-    from benchmarks.models import Article
-
-    return Article
-
-
-def peak_memory() -> int:
-    """Return the most bytes that this process ever had in memory.
-
-    Linux hands the parent's ``ru_maxrss`` down to a child, which would hide growth below it, but tells the child's own.
-    """
-    status = Path("/proc/self/status")
-    if status.exists():
-        (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+def _beside(databases: dict[str, str], ways: Sequence[str], rounds: int | None, rows: int | None) -> None:
+    alias, rows = next(iter(databases)), rows or 1_000_000
+    with table(alias, rows):
+        compare("instances", ways, rounds or 3, alias=alias, rows=rows)
 
 
-if __name__ == "__main__":
-    child(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+def compare(title: str, ways: Sequence[str], rounds: int, *, everything: bool = False, **walk: Any) -> None:
+    """Show how long each way takes; if ``everything``, also the processor's time and how far the memory grew."""
+    children = {way: Children(Walk(way, **walk)) for way in ways if can_be_had(way)}
+    taken = alternate(children, rounds)
+    title = f"A walk over {walk['rows']:,} rows of 7 columns, {walk['alias']}, {title}"
+    show(f"{title}, time", taken, BOTH)
+    if everything:
+        processor = {way: child.processor for way, child in children.items()}
+        show(f"{title}, processor time of the client", processor, BOTH)
+        grown = {way: child.memory for way, child in children.items()}
+        show(f"{title}, growth of the client's memory", grown, [], unit="MB", factor=1)
