@@ -27,21 +27,27 @@ from parallel_orm.watch import watch_of
 
 #: Seconds that a thread costs: what reading ahead gains must be more.
 COST = 0.0003
+#: How much longer than it is busy something takes that never waits, on a machine that others use too.
+BUSY = 1.25
 
 
 class Effort(AbstractContextManager[None]):
     """How long something took, the last time; and for how much of that this thread was busy, and did not wait."""
 
-    def __init__(self, seconds: float = 0.0, busy: float = 0.0) -> None:
-        self.seconds, self.busy = seconds, busy
+    def __init__(self, *, is_busy: bool = False) -> None:
+        self.seconds = self.busy = 0.0
+        #: Whether it is known to be busy all the time.
+        self._is_busy = is_busy
 
     def __enter__(self) -> None:
         self._began, self._busy = perf_counter(), thread_time()
 
     def __exit__(self, *exc_info: object) -> None:
-        self.seconds = perf_counter() - self._began
-        # Another thread may have gone on with it.
-        self.busy = min(max(thread_time() - self._busy, 0.0), self.seconds)
+        self.took(perf_counter() - self._began, thread_time() - self._busy)
+
+    def took(self, seconds: float, busy: float) -> None:
+        # On a machine that others use too, whoever is busy waits now and then. Another thread may have gone on with it.
+        self.seconds, self.busy = seconds, seconds if self._is_busy else min(max(busy * BUSY, 0.0), seconds)
 
 
 def helps(reading: Effort, using: Effort) -> bool:

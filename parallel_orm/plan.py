@@ -13,9 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal
 
 from django.db.models import QuerySet
+from django.db.models.constants import LOOKUP_SEP
 from django.db.models.expressions import CombinedExpression, Value
 from django.db.models.sql import Query
 
@@ -110,6 +112,20 @@ class Plan:
         assert self.keyset is not None
         return self.keyset.keys_of(self.keyset.part(bare(self.queryset, self.alias), after, until))
 
+    def _keys_behind(self, after: Key | None, last: Key) -> Any:
+        """Return the keys between these, by what was made before of all that stand before ``last``, where it can be."""
+        assert self.keyset is not None
+        term, *others = self.keyset.terms
+        if after is None or others or term.nullable or LOOKUP_SEP in term.path or identity_of(self.queryset):
+            return self._keys_between(after, last)
+        if last not in self._keys_until:
+            self._keys_until[last] = self._keys_between(None, last)
+        return self._keys_until[last].filter(term.behind(after[0]))
+
+    @cached_property
+    def _keys_until(self) -> dict[Key, Any]:
+        return {}
+
     def _ends(self) -> list[Key]:
         """Return the last key; before it the last one on the hither side of the NULLs, where a column may have them.
 
@@ -124,7 +140,7 @@ class Plan:
         return ends
 
     def _jump(self, after: Key | None, last: Key, size: int) -> Key | None:
-        key = next((carried(key) for key in self._keys_between(after, last)[size - 1 : size]), None)
+        key = next((carried(key) for key in self._keys_behind(after, last)[size - 1 : size]), None)
         if key is not None and key == after:  # it would be found for ever
             raise errors.unsupported(
                 self.verb,

@@ -7,6 +7,7 @@ from contextlib import aclosing, closing
 from typing import Any
 
 from asgiref.sync import sync_to_async
+from django.db import connections
 
 from parallel_orm.ahead import Ahead, Effort, helps, may_read_ahead
 from parallel_orm.chunks import Chunk
@@ -25,7 +26,9 @@ def walk(plan: Plan) -> Generator[ChunkRows]:
     The next one is read meanwhile where that is the same, and where it helps.
     """
     ahead: Ahead | None = None
-    reading, using, is_quiet = Effort(), Effort(), True
+    # SQLite works in this very thread.
+    reading, using = Effort(is_busy=connections[plan.alias].vendor == "sqlite"), Effort()
+    is_quiet = True
     with snapshot_of(plan.alias, plan.session, wanted=plan.consistent) as snapshot:
         chunks = snapshot.within(plan.chunks())
         try:

@@ -173,9 +173,15 @@ def test_memory_is_that_of_two_chunks(articles, heard):
     assert most <= 5, "and five of the next chunk, that nobody has seen"
 
 
+def effort(seconds, busy):
+    effort = Effort()
+    effort.took(seconds, busy)
+    return effort
+
+
 def test_it_helps_where_one_waits_and_the_other_is_busy():
     """And never where both are busy: Python is, in one thread at a time."""
-    waiting, busy, instant = Effort(1.0, 0.0), Effort(1.0, 1.0), Effort(0.00001, 0.00001)
+    waiting, busy, instant = effort(1.0, 0.0), effort(1.0, 0.9), effort(0.00001, 0.00001)
     assert helps(waiting, busy)
     assert helps(busy, waiting)
     assert helps(waiting, waiting)
@@ -185,14 +191,15 @@ def test_it_helps_where_one_waits_and_the_other_is_busy():
 
 
 def test_an_effort_tells_waiting_from_being_busy():
-    waiting, busy = Effort(), Effort()
-    with waiting:
+    waiting, busy, known = Effort(), Effort(), Effort(is_busy=True)
+    with waiting, known:
         threading.Event().wait(0.05)
     with busy:
         sum(range(1_000_000))
     assert waiting.seconds >= 0.05
     assert waiting.busy < waiting.seconds / 2
     assert 0 < busy.busy <= busy.seconds
+    assert known.busy == known.seconds
 
 
 def test_what_is_stale_is_dropped(articles, alias):

@@ -359,6 +359,35 @@ def test_an_error_of_a_converter_is_djangos(filled, monkeypatch):
         list(read(EVERYTHING.using(filled)))
 
 
+class Moment(datetime.datetime):
+    pass
+
+
+@pytest.mark.parametrize("use_tz", [True, False])
+def test_moments_are_those_of_djangos_converter(alias, use_tz):
+    ZONE = datetime.timezone(datetime.timedelta(hours=2))
+    connection = connections[alias]
+    with override_settings(USE_TZ=use_tz):
+        converters = connection.ops.get_db_converters(Article._meta.get_field("published").get_col("a"))
+        for converter in converters:
+            quick = makers._quick(converter, connection)
+            assert (quick is not converter) is use_tz
+            for value in (
+                *(None, datetime.datetime(2020, 1, 2, 3, 4, 5, 6), datetime.datetime(2020, 3, 29, 2, 30, fold=1)),
+                *("2020-01-02 03:04:05", datetime.datetime(2020, 1, 2, tzinfo=ZONE), Moment(2020, 1, 2)),
+            ):
+                assert outcome(quick, value, connection) == outcome(converter, value, connection), value
+    assert converters or alias == "postgres" or not use_tz
+
+
+def outcome(converter, value, connection):
+    try:
+        moment = converter(value, None, connection)
+    except Exception as error:
+        return type(error), str(error)
+    return type(moment), moment, getattr(moment, "tzinfo", None), getattr(moment, "fold", None)
+
+
 def test_rows_are_made_one_by_one(filled):
     """And nobody but the loop holds them."""
     made = iter(read(ARTICLES.using(filled)))
