@@ -77,7 +77,9 @@ class Plan:
 
     def part(self, chunk: Chunk) -> Rows:
         """Return the part of the queryset that is a chunk."""
-        return chunk.narrow(at(self.queryset, chunk.alias), self.keyset)
+        if chunk.limit is None:
+            return chunk.narrow(self._rows(), self.keyset)
+        return self._narrowed(self._rows, chunk.after, chunk.until)[: chunk.limit]
 
     def chunks(self) -> Iterator[Chunk]:
         """Yield the chunks, lazily: each query for a bound is made when its chunk is taken."""
@@ -110,20 +112,29 @@ class Plan:
 
     def _keys_between(self, after: Key | None, until: Key | None) -> Any:
         assert self.keyset is not None
-        return self.keyset.keys_of(self.keyset.part(bare(self.queryset, self.alias), after, until))
+        return self.keyset.keys_of(self._narrowed(self._bare, after, until))
 
-    def _keys_behind(self, after: Key | None, last: Key) -> Any:
-        """Return the keys between these, by what was made before of all that stand before ``last``, where it can be."""
+    def _rows(self) -> Rows:
+        return at(self.queryset, self.alias)
+
+    def _bare(self) -> Rows:
+        return bare(self.queryset, self.alias)
+
+    def _narrowed(self, rows: Callable[[], Rows], after: Key | None, until: Key | None) -> Rows:
+        """Return what of these rows stands between two keys; by what was made of those up to ``until``, if it can be.
+
+        It cannot where a second ``filter()`` would be another join, or another condition on groups.
+        """
         assert self.keyset is not None
         term, *others = self.keyset.terms
         if after is None or others or term.nullable or LOOKUP_SEP in term.path or identity_of(self.queryset):
-            return self._keys_between(after, last)
-        if last not in self._keys_until:
-            self._keys_until[last] = self._keys_between(None, last)
-        return self._keys_until[last].filter(term.behind(after[0]))
+            return self.keyset.part(rows(), after, until)
+        if (rows, until) not in self._made:
+            self._made[rows, until] = self.keyset.part(rows(), None, until)
+        return self._made[rows, until].filter(term.behind(after[0]))
 
     @cached_property
-    def _keys_until(self) -> dict[Key, Any]:
+    def _made(self) -> dict[Any, Rows]:
         return {}
 
     def _ends(self) -> list[Key]:
@@ -140,7 +151,7 @@ class Plan:
         return ends
 
     def _jump(self, after: Key | None, last: Key, size: int) -> Key | None:
-        key = next((carried(key) for key in self._keys_behind(after, last)[size - 1 : size]), None)
+        key = next((carried(key) for key in self._keys_between(after, last)[size - 1 : size]), None)
         if key is not None and key == after:  # it would be found for ever
             raise errors.unsupported(
                 self.verb,
