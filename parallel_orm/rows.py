@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import Any
 
+from django.core.exceptions import EmptyResultSet
 from django.db.models import QuerySet
 from django.db.models.query import (
     FlatValuesListIterable,
@@ -20,10 +21,10 @@ from django.db.models.query import (
     ValuesIterable,
     ValuesListIterable,
 )
-from django.db.models.sql.constants import CURSOR
 
 from parallel_orm import collector
 from parallel_orm.makers import Maker, maker_of
+from parallel_orm.moments import read_moments_fast
 
 DJANGOS = (ModelIterable, ValuesIterable, ValuesListIterable, NamedValuesListIterable, FlatValuesListIterable)
 #: Fewer rows than this are not worth a function of their own.
@@ -74,8 +75,7 @@ class Opened:
     def __init__(self, queryset: Any) -> None:
         self._queryset = queryset
         self._compiler = queryset.query.get_compiler(using=queryset.db)
-        # None where the query was seen to have no rows.
-        self._cursor = self._compiler.execute_sql(CURSOR)
+        self._cursor = _execute(self._compiler)
         self._rows: list[Any] = []
 
     def fetch(self) -> None:
@@ -99,6 +99,24 @@ class Opened:
         queryset._result_cache = made
         queryset._fetch_all()  # what is left of it are prefetches
         return made
+
+
+def _execute(compiler: Any) -> Any:
+    """Return a cursor that has run the query, as ``execute_sql()`` does; None where it is seen to have no rows."""
+    try:
+        sql, params = compiler.as_sql()
+    except EmptyResultSet:
+        return None
+    if not sql:
+        return None
+    cursor = compiler.connection.cursor()
+    try:
+        read_moments_fast(compiler.connection, cursor)
+        cursor.execute(sql, params)
+    except BaseException:
+        cursor.close()
+        raise
+    return cursor
 
 
 def listed(rows: Iterable[Any]) -> list[Any]:
