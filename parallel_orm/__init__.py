@@ -7,7 +7,7 @@ The flow, and the room of each stage::
 
     QuerySet  ->  Plan (lazy Chunks)  ->  Task  ->  Executor  ->  Outcome  ->  results
     queryset      plan, cutting,          task      executors/,   outcomes     gather,
-    managers      keyset, chunks,                   dispatch,                  report,
+    managers      keyset, chunks,                   dispatch, pace,            report,
     options       guards                            connections,               progress
                                                     capsule
                       background: one task, started now and read later

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from django.db.models import Model, QuerySet
 
 from parallel_orm.errors import UnsupportedQuerySet
+from parallel_orm.keyset import carried
 
 if TYPE_CHECKING:
     from parallel_orm.keyset import Key, Keyset
@@ -34,6 +36,17 @@ class Chunk:
     keys: tuple[Any, ...] | None = None
     #: No more rows than this; those that are left come back as another chunk.
     limit: int | None = None
+    #: Which part of a chunk this is that has come apart. Parts compare as their rows stand.
+    part: tuple[int, ...] = (0,)
+    #: How many rows it has, where that is known.
+    rows: int | None = None
+    #: After so many seconds of a function's work the rows that are left come back as another part; None: never.
+    seconds: float | None = None
+
+    @property
+    def place(self) -> tuple[int, ...]:
+        """Where its rows stand among those of all chunks, to be compared."""
+        return (self.index, *self.part)
 
     @property
     def is_whole(self) -> bool:
@@ -51,9 +64,31 @@ class Chunk:
 
     def rest(self, last: Key) -> Chunk | None:
         """Return what is left of this chunk behind the key ``last``, or None if that was its end."""
-        if last == self.after:  # it would be walked for ever
-            raise UnsupportedQuerySet(f"The key {last!r} does not come back from the database as it is there.")
+        self._refuse_standstill(last)
         return None if last == self.until else replace(self, index=self.index + 1, after=last)
+
+    def left(self, rows: list[Any], last: Key, key_of: Callable[[Any], Key]) -> Chunk:
+        """Return the part that is left when the row of the key ``last`` is done: ``rows``, as they were read.
+
+        Of an interval it is all that stands behind that key, of a list the keys of these rows.
+        """
+        self._refuse_standstill(last)
+        rest = replace(self, part=behind(self.part), rows=len(rows))
+        if self.keys is None:
+            return replace(rest, after=carried(last))
+        return replace(rest, keys=tuple(carried(key_of(row))[0] for row in rows))
+
+    def parted(self, rows: int, until: Key | None = None) -> tuple[Chunk, Chunk]:
+        """Cut it in two behind its first ``rows`` rows; of an interval the last one of these has the key ``until``."""
+        first = replace(self, part=(*self.part, 0), rows=rows)
+        second = replace(self, part=behind(self.part), rows=None if self.rows is None else self.rows - rows)
+        if self.keys is None:
+            return replace(first, until=until), replace(second, after=until)
+        return replace(first, keys=self.keys[:rows]), replace(second, keys=self.keys[rows:])
+
+    def _refuse_standstill(self, last: Key) -> None:
+        if last == self.after:  # it would be read for ever
+            raise UnsupportedQuerySet(f"The key {last!r} does not come back from the database as it is there.")
 
     def __str__(self) -> str:
         """Say which rows these are: ``chunk 3 (behind 2000 and up to 3000)``."""
@@ -67,6 +102,11 @@ class Chunk:
             ]
             span = " and ".join(parts) or "all rows"
         return f"chunk {self.index} ({span})"
+
+
+def behind(part: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the part behind this one, and behind all parts into which this one comes apart."""
+    return (*part[:-1], part[-1] + 1)
 
 
 def key_of_row(row: object) -> str:

@@ -12,6 +12,8 @@ from typing import Any
 from parallel_orm.chunks import Chunk
 
 Key = tuple[Any, ...]
+#: Says which key is so many rows behind another, or that there are fewer up to a last one.
+Jump = Callable[[Key | None, Key, int], Key | None]
 
 
 @cache
@@ -20,12 +22,10 @@ def whole(alias: str) -> Chunk:
     return Chunk(index=0, alias=alias)
 
 
-def by_jumps(
-    alias: str, ends: Sequence[Key], size: int, jump: Callable[[Key | None, Key, int], Key | None]
-) -> Iterator[Chunk]:
-    """Cut lazily into half-open intervals of about ``size`` rows, up to the last of ``ends``, frozen when planned.
+def by_jumps(alias: str, ends: Sequence[Key], size: Callable[[], int], jump: Jump) -> Iterator[Chunk]:
+    """Cut lazily into half-open intervals of about ``size()`` rows, up to the last of ``ends``, frozen when planned.
 
-    ``jump(after, last, size)`` returns the key of the row ``size`` rows behind the key ``after``, or None where fewer
+    ``jump(after, last, rows)`` returns the key of the row so many rows behind the key ``after``, or None where fewer
     are left up to ``last``. The first interval is open below, so rows that come in ahead of the first key are not lost;
     nothing behind the last end is ever asked for, so a consumer that inserts rows cannot make this endless. Equal keys
     never part: an interval ends on a key and the next one begins behind it. Each of ``ends`` is the end of an interval.
@@ -33,7 +33,7 @@ def by_jumps(
     after: Key | None = None
     index = 0
     for last in ends:
-        while (until := jump(after, last, size)) is not None and until != last:
+        while (until := jump(after, last, size())) is not None and until != last:
             yield Chunk(index=index, alias=alias, after=after, until=until)
             after, index = until, index + 1
         yield Chunk(index=index, alias=alias, after=after, until=last)
@@ -52,7 +52,18 @@ def by_pages(alias: str, ends: Sequence[Key | None], size: int) -> Iterator[Chun
         after = last
 
 
-def by_keys(alias: str, keys: Sequence[Any], size: int) -> Iterator[Chunk]:
-    """Cut a list of primary keys into runs of ``size``, in the order of the list."""
-    for index, start in enumerate(range(0, len(keys), size)):
-        yield Chunk(index=index, alias=alias, keys=tuple(keys[start : start + size]))
+def by_keys(alias: str, keys: Sequence[Any], size: Callable[[], int]) -> Iterator[Chunk]:
+    """Cut a list of primary keys into runs of ``size()``, in the order of the list."""
+    start = index = 0
+    while run := tuple(keys[start : start + size()]):
+        yield Chunk(index=index, alias=alias, keys=run)
+        start, index = start + len(run), index + 1
+
+
+def in_two(chunk: Chunk, rows: int, jump: Jump) -> tuple[Chunk, Chunk | None]:
+    """Cut a chunk behind its first ``rows`` rows, in the same way as it was cut; None: it has no more than these."""
+    if chunk.keys is not None:
+        return chunk.parted(rows) if len(chunk.keys) > rows else (chunk, None)
+    assert chunk.until is not None
+    until = jump(chunk.after, chunk.until, rows)
+    return (chunk, None) if until is None or until == chunk.until else chunk.parted(rows, until)

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
+from math import inf
 from typing import Any, Literal
 
 from django.conf import settings
@@ -20,9 +21,12 @@ StartMethod = Literal["forkserver", "spawn", "fork"]
 
 _VARIABLE = re.compile(r"[A-Za-z_][\w$]*(\.[A-Za-z_][\w$]*)*")
 
-#: Rows a chunk of a map: some tens of milliseconds of Python, so that every core is busy soon and errors are found
-#: early, and enough that the cost of a chunk (under a millisecond) does not show.
+#: Rows a chunk of a map, at first: some tens of milliseconds of Python, so that every core is busy soon and errors are
+#: found early, and enough that the cost of a chunk (about a millisecond) does not show much.
 MAP_CHUNK_SIZE = 1_000
+#: Seconds that a chunk of a map is to take at most. So no worker waits much longer for another at the end of a call,
+#: and with fewer seconds there would be little left to be saved.
+TARGET_SECONDS = 1.0
 #: Rows a chunk of a walk, as in ``QuerySet.iterator()``.
 WALK_CHUNK_SIZE = 2_000
 
@@ -54,6 +58,8 @@ class Settings:
     CONNECTIONS: int | Mapping[str, int]
     #: Rows a chunk, for calls that do not say; None: the default of the verb.
     CHUNK_SIZE: int | None
+    #: Seconds that a chunk of a map is to take at most; None: as long as it takes.
+    TARGET_SECONDS: float | None
     #: Variables of a PostgreSQL session that the caller's queries depend on, beside those that it is seen to set. None:
     #: whatever runs SQL that cannot be followed keeps its reads on the caller's connection.
     SESSION_VARIABLES: tuple[str, ...] | None
@@ -79,6 +85,7 @@ def from_settings() -> Settings:
         "START_METHOD": given.get("START_METHOD", default_start_method()),
         "CONNECTIONS": _connections(given, threads),
         "CHUNK_SIZE": given.get("CHUNK_SIZE"),
+        "TARGET_SECONDS": given.get("TARGET_SECONDS", TARGET_SECONDS),
         "SESSION_VARIABLES": _variables(given.get("SESSION_VARIABLES")),
         "PAUSE_GC": given.get("PAUSE_GC", True),
     }
@@ -91,6 +98,9 @@ def from_settings() -> Settings:
         raise errors.bad_setting("PAUSE_GC", f"must be True or False, not {values['PAUSE_GC']!r}.")
     if values["CHUNK_SIZE"] is not None:
         _number(given, "CHUNK_SIZE", None, least=1)
+    target = values["TARGET_SECONDS"]
+    if target is not None and not (isinstance(target, int | float) and target is not True and 0 < target < inf):
+        raise errors.bad_setting("TARGET_SECONDS", f"must be a number of seconds above 0, or None, not {target!r}.")
     return Settings(**values)
 
 

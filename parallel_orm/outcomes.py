@@ -159,9 +159,9 @@ class Outcome:
     value: Any = None
     #: What went wrong; :class:`PackedError` while it travels.
     error: BaseException | PackedError | None = None
-    #: How many rows were read.
+    #: How many rows were read, or, by a function, done.
     rows: int = 0
-    #: What a chunk with a limit left undone.
+    #: What was left undone of a chunk that has a limit, or a time.
     rest: Chunk | None = None
     timings: Timings = Timings()
     #: The process and thread that did it.

@@ -11,6 +11,7 @@ What cannot be cut truthfully is refused in ``guards``.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -26,11 +27,12 @@ from parallel_orm.chunks import Chunk
 from parallel_orm.explain import Access, access_of, has_index_for
 from parallel_orm.identity import identity_of, is_grouped
 from parallel_orm.keys import compact, key_reader
-from parallel_orm.keyset import Key, Keyset, carried, primary_key
-from parallel_orm.options import MAP_CHUNK_SIZE, WALK_CHUNK_SIZE, Options
+from parallel_orm.keyset import Key, Keyset, Term, carried, primary_key
+from parallel_orm.options import MAP_CHUNK_SIZE, WALK_CHUNK_SIZE, Options, from_settings
 from parallel_orm.ordering import NotAKeyset, effective_ordering, is_random, keyset_of, parts
+from parallel_orm.pace import Pace
 from parallel_orm.session import NOTHING, Session
-from parallel_orm.task import Job, Task, Work, at
+from parallel_orm.task import Apply, Job, Task, Work, at
 
 Rows = QuerySet[Any, Any]
 Cut = Literal["pages", "ranges", "keys"]
@@ -45,17 +47,17 @@ class Plan:
     cut: Cut
     #: Why this cut.
     why: str
-    #: Rows a chunk; a range may have more where keys repeat.
+    #: Rows a chunk, at first where they are steered; a range may have more where keys repeat.
     chunk_size: int
     #: The order within and between chunks; None: the queryset's own.
     keyset: Keyset | None = None
-    #: Reads the key of a row, for pages.
+    #: Reads the key of a row, for pages, and for what is left of a chunk of a map.
     key_of: Callable[[Any], Key] | None = None
     #: The queryset as it was asked for, to list its keys from.
     source: Rows | None = field(default=None, repr=False)
     #: Whether that list must be looked through for rows that a join repeats.
     may_repeat: bool = False
-    #: Whether pages may become larger or smaller, as long as they are as much to hold.
+    #: Whether chunks may become larger or smaller: pages to be as much to hold, those of a map to take as long.
     steers: bool = False
     #: Why the work stays in this process, or None.
     inline: str | None = None
@@ -63,11 +65,13 @@ class Plan:
     session: Session = NOTHING
     #: Whether all of it is read as of one moment.
     consistent: bool = False
+    #: Seconds that a chunk of a map is to take at most; None: as long as it takes.
+    target_seconds: float | None = None
     alias: str = ""
     #: The method that was called, for what is refused later.
     verb: str = ""
 
-    def job(self, work: Work, session: Session | None = None) -> Job:
+    def job(self, work: Work | Apply, session: Session | None = None) -> Job:
         """Return the job that does ``work`` with each chunk."""
         return Job(self.queryset, work, self.keyset, self.key_of, self.session if session is None else session)
 
@@ -81,17 +85,26 @@ class Plan:
             return chunk.narrow(self._rows(), self.keyset)
         return self._narrowed(self._rows, chunk.after, chunk.until)[: chunk.limit]
 
-    def chunks(self) -> Iterator[Chunk]:
-        """Yield the chunks, lazily: each query for a bound is made when its chunk is taken."""
+    def chunks(self, pace: Pace | None = None) -> Iterator[Chunk]:
+        """Yield the chunks, lazily: each query for a bound is made when its chunk is taken, as large as it is then."""
+        pace = pace or self.pace()
         if self.cut == "keys":
-            most = guards.most_keys(guards.connection_for(self.alias)) or self.chunk_size
-            yield from cutting.by_keys(self.alias, self._list_keys(), min(self.chunk_size, most))
+            most = guards.most_keys(guards.connection_for(self.alias)) or sys.maxsize
+            yield from cutting.by_keys(self.alias, self._list_keys(), lambda: min(pace.rows, most))
         elif self.cut == "pages":
             assert self.keyset is not None
             ends = self._ends() if self.keyset.terms[0].nullable else [None]
             yield from cutting.by_pages(self.alias, ends, self.chunk_size)
         else:
-            yield from cutting.by_jumps(self.alias, self._ends(), self.chunk_size, self._jump)
+            yield from cutting.by_jumps(self.alias, self._ends(), lambda: pace.rows, self._jump)
+
+    def in_two(self, chunk: Chunk, rows: int) -> tuple[Chunk, Chunk | None]:
+        """Cut a chunk behind its first ``rows`` rows; None: it has no more. One query for a range."""
+        return cutting.in_two(chunk, rows, self._jump)
+
+    def pace(self, workers: int = 1) -> Pace:
+        """Return what steers the chunks of one call."""
+        return Pace(self.chunk_size, self.target_seconds, workers, steers=self.steers)
 
     def rest(self, page: Chunk, last: Key, limit: int) -> Chunk | None:
         """Return what a full page leaves, behind the key of its last row, as the next page; None where that is nothing.
@@ -263,6 +276,8 @@ FALLBACKS: dict[Cut, str] = {
     "ranges": "a list of primary keys, where an order cannot be compared column by column",
     "keys": "none: what cannot be listed by primary key is refused",
 }
+#: What a list of keys knows of a row.
+ROW = Keyset((Term("pk"),))
 #: The share of a range of integer keys below which it is worth a warning.
 FULL = 0.5
 
@@ -330,7 +345,22 @@ def plan_map(verb: str, queryset: Rows, options: Options) -> Plan:
     inline, session = guards.where_to_map(verb, queryset)
     guards.refuse_locks(verb, queryset)
     plan = _cut_map(verb, queryset, options, inline, session)
-    return replace(plan, consistent=options.consistent and inline != "testcase")
+    return replace(
+        plan,
+        consistent=options.consistent and inline != "testcase",
+        key_of=_reader_for(plan),
+        # In this process nobody is idle meanwhile, and the same queries are made each time.
+        target_seconds=None if inline else from_settings().TARGET_SECONDS,
+        steers=not options.has_chunk_size,
+    )
+
+
+def _reader_for(plan: Plan) -> Callable[[Any], Key] | None:
+    """Return how to read the key of a row, or None where a chunk cannot come apart behind any row."""
+    queryset = plan.queryset
+    if not identity_of(queryset) and guards.joins_of(queryset).repeat_rows:
+        return None
+    return key_reader(queryset, ROW if plan.keyset is None else plan.keyset)
 
 
 def _cut_map(verb: str, queryset: Rows, options: Options, inline: str | None, session: Session) -> Plan:

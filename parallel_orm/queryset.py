@@ -16,7 +16,7 @@ from django.db.models.sql import Query
 from parallel_orm import errors, gather
 from parallel_orm.background import NOTHING_STARTED, Background, Pending, start_read
 from parallel_orm.bonds import as_of_now
-from parallel_orm.dispatch import Window, dispatch
+from parallel_orm.dispatch import Supply, Window, dispatch
 from parallel_orm.executors import workers_for
 from parallel_orm.options import Options, Progress
 from parallel_orm.outcomes import Stopwatch
@@ -456,6 +456,10 @@ class ParallelQuerySet(_Startable, QuerySet[M, Row]):
         ``fn`` may be any callable: module functions travel by name, lambdas, closures and whatever ``__main__`` defines
         by value, with what they close over. It is called once for each row, rows of one chunk one after the other.
 
+        A chunk that takes too long comes apart between two rows, and idle workers share what is left of it; not where
+        rows do not bring their key, or a join repeats them. The setting ``TARGET_SECONDS`` says how long chunks are to
+        take at most, 1 second by default; those of a short call take less.
+
         Within a ``TestCase``, on SQLite in memory, and in a function that a worker runs, everything happens in this
         process (``report.reason`` says so), and what would have travelled is packed and opened all the same. In a
         transaction that has not written, on PostgreSQL with READ COMMITTED, the map goes on as outside of one.
@@ -463,14 +467,15 @@ class ParallelQuerySet(_Startable, QuerySet[M, Row]):
         :param processes: how many at once; the setting ``PROCESSES``, else as many as there are cores.
         :param threads: instead of processes, so many threads of this one, for functions that wait more than compute. No
             more of them work at once than the setting ``CONNECTIONS`` allows.
-        :param chunk_size: rows a chunk, 1,000 by default. Smaller ones spread skewed work, larger ones cost less.
+        :param chunk_size: rows a chunk, always as many. By default 1,000 at first, and then as many as follows from the
+            time that the last ones took: at most twice as many each time, at least half, and no more than 10,000.
         :param ordered: True: the results of ``[fn(row) for row in self]``, in that order. False: as chunks come in.
         :param progress: True for a bar with rate and time left (the ``progress`` extra), or a callable that is told
             ``(done_rows, total_rows)``. Costs one count.
         :param consistent: True: all rows as of this call, whatever others write meanwhile; what ``fn`` itself asks is
             as of then. PostgreSQL only: the workers share an exported snapshot, held on one connection more.
-        :returns: a list with a ``report``. Two queries a chunk, one for its end and one for its rows; one for its rows
-            alone where the queryset is sliced or ordered otherwise than by primary key, with one for all keys.
+        :returns: a list with a ``report``. Two queries a chunk, or part of one: for its end and for its rows; one for
+            its rows alone where the queryset is sliced or ordered otherwise than by primary key, with one for all keys.
         :raises Exception: whatever ``fn`` raises first, with its type, notes that name the chunk and the primary key,
             and the worker's traceback as its ``__cause__``. What was not begun is cancelled, what was is waited for.
         :raises parallel_orm.errors.WorkerDied: a worker process was killed; names the chunk. Nothing is run again.
@@ -494,8 +499,9 @@ class ParallelQuerySet(_Startable, QuerySet[M, Row]):
                 listener_for(progress, job.label) as listener,
                 workers_for(job, options, inline=plan.inline) as workers,
             ):
-                window, chunks = Window(workers.window), snapshot.within(plan.chunks())
-                with closing(dispatch(chunks, workers.send, window, label=job.label)) as outcomes:
+                window, pace = Window(workers.window, workers.number), plan.pace(workers.number)
+                supply = Supply(snapshot.within(plan.chunks(pace)), pace, plan.in_two)
+                with closing(dispatch(supply, workers.send, window, label=job.label)) as outcomes:
                     watched = told(report.watch(outcomes), listener, plan.count)
                     return Results(gather.listed(watched, window, ordered=ordered), report)
 

@@ -18,7 +18,7 @@ class Report:
 
     #: Rows read.
     rows: int = 0
-    #: Chunks that came back.
+    #: Chunks that came back; one that came apart counts as its parts.
     chunks: int = 0
     #: Rows whose function returned.
     succeeded: int = 0

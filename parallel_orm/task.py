@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from itertools import count
+from math import inf
+from time import perf_counter
 from typing import Any, Protocol
 
 import cloudpickle
@@ -71,19 +73,41 @@ class Apply:
     #: Of what moment the rows are. The function itself sees now.
     snapshot: str | None = None
 
-    def __call__(self, rows: Rows, clock: Stopwatch) -> tuple[list[Any], int]:
-        fetched, number = fetch(rows, clock, self.snapshot)
+    def part(
+        self, rows: Rows, clock: Stopwatch, chunk: Chunk, key_of: Callable[[Any], Key] | None
+    ) -> tuple[list[Any], Chunk | None]:
+        """Return the results of the chunk, or of its first rows when its time is over, and what is then left of it.
+
+        Where rows do not tell their keys, it takes the time it takes.
+        """
+        fetched, _ = fetch(rows, clock, self.snapshot)
         results: list[Any] = []
-        function = self.function
+        function, now, end = self.function, perf_counter, inf
+        # The key of the row at hand, if it was read before the function had the row, which may change it. That is so
+        # for the first row, and when the time is over for one row more, which is then the last.
+        last: Key | None = None
+        if fetched and chunk.seconds is not None and key_of is not None:
+            last = key_of(fetched[0])
+            # What is left is read once more: not for less than it takes to read.
+            end = now() + max(chunk.seconds, clock.seconds["database"])
         with clock("function"):
             try:
                 for row in fetched:
-                    results.append(function(row))  # noqa: PERF401 - how far it came is needed below
+                    results.append(function(row))
+                    if now() < end:
+                        last = None
+                    elif last is not None:
+                        break
+                    elif key_of is not None and len(results) < len(fetched):
+                        last = key_of(fetched[len(results)])
             except BaseException as error:
                 at = len(results)
                 note(error, f"at row {at} of its chunk, primary key {key_of_row(fetched[at])}")
                 raise
-        return results, number
+        left = fetched[len(results) :]
+        if not left or last is None or key_of is None:
+            return results, None
+        return results, chunk.left(left, last, key_of)
 
 
 @dataclass(frozen=True)
@@ -92,9 +116,9 @@ class Job:
 
     #: What the chunks are parts of. Nobody else has this queryset, and nobody evaluates it.
     queryset: Rows
-    work: Work
+    work: Work | Apply
     keyset: Keyset | None = None
-    #: The key of a row, where a chunk has a limit and its rest begins behind its last row.
+    #: The key of a row, where what is left of a chunk begins behind the last row that is done.
     key_of: Callable[[Any], Key] | None = None
     #: What a worker's connection must be given.
     session: Session = NOTHING
@@ -147,8 +171,12 @@ class Task:
         try:
             # A whole chunk is alone in its job, and the queryset is nobody else's: no copy is needed.
             rows = job.queryset if chunk.is_whole else chunk.narrow(at(job.queryset, chunk.alias), job.keyset)
-            value, number = job.work(rows, clock)
-            rest = self.rest_behind(value)
+            if isinstance(job.work, Apply):
+                value, rest = job.work.part(rows, clock, chunk, job.key_of)
+                number = len(value)
+            else:
+                value, number = job.work(rows, clock)
+                rest = self.rest_behind(value)
         except BaseException as error:
             if not chunk.is_whole:
                 note(error, f"in {chunk} of {job.label}")
@@ -253,7 +281,7 @@ def _run_in_process(job: Job, chunk: Chunk) -> Outcome:
         return Task(job, chunk).run().packed(name_of(job.work))
 
 
-def name_of(work: Work) -> str:
+def name_of(work: Work | Apply) -> str:
     """Return what a message calls this work: the name of the user's function."""
     function = getattr(work, "function", work)
     return getattr(function, "__qualname__", None) or repr(function)

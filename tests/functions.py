@@ -24,6 +24,14 @@ def pid(row: Any) -> int:
     return os.getpid()
 
 
+def key(row: Any) -> Any:
+    return row.pk
+
+
+def rank(row: Any) -> int:
+    return int(row.rank)
+
+
 def fail_on_three(row: Any) -> int:
     if row.rank == 3:
         raise ValueError(f"rank three: {row.name}")

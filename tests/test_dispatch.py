@@ -8,11 +8,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
-from parallel_orm import gather
+from parallel_orm import cutting, gather
 from parallel_orm.chunks import Chunk
-from parallel_orm.dispatch import Window, dispatch
+from parallel_orm.dispatch import Supply, Window, dispatch
 from parallel_orm.errors import WorkerDied
-from parallel_orm.outcomes import Outcome
+from parallel_orm.outcomes import Outcome, Timings
+from parallel_orm.pace import PATIENCE, Pace
 
 WAIT = 30
 
@@ -26,6 +27,11 @@ def endless_chunks(taken: list[int] | None = None):
 
 def some_chunks(number: int):
     return itertools.islice(endless_chunks(), number)
+
+
+def planned(chunks):
+    """A supply of chunks that never come apart."""
+    return Supply(chunks, Pace(1), lambda chunk, rows: (chunk, None))
 
 
 def one(chunk: Chunk) -> Outcome:
@@ -45,7 +51,7 @@ def test_the_window_bounds_what_is_out():
             future.set_result(one(chunk))
         return future
 
-    outcomes = dispatch(endless_chunks(taken), send, window := Window(4))
+    outcomes = dispatch(planned(endless_chunks(taken)), send, window := Window(4))
     assert next(outcomes).value == [0]
     assert taken == [0, 1, 2, 3]
     futures[1].set_result(one(Chunk(1, "default")))
@@ -74,7 +80,7 @@ def test_results_are_gathered_in_order_or_as_they_come(ordered):
         return future
 
     window = Window(5)
-    results = gather.listed(dispatch(some_chunks(5), send, window), window, ordered=ordered)
+    results = gather.listed(dispatch(planned(some_chunks(5)), send, window), window, ordered=ordered)
     assert results == ([0, 1, 2, 3, 4] if ordered else [3, 2, 1, 0, 4])
 
 
@@ -99,7 +105,7 @@ def test_after_an_error_nothing_goes_on_behind_the_callers_back():
             futures.append(pool.submit(work, chunk))
             return futures[-1]
 
-        outcomes = dispatch(some_chunks(8), send, Window(8))
+        outcomes = dispatch(planned(some_chunks(8)), send, Window(8))
         assert isinstance(next(outcomes).error, ValueError)
         futures[-1].add_done_callback(lambda future: gate.set())  # called when it is cancelled
         outcomes.close()
@@ -115,7 +121,7 @@ def test_a_lost_worker_names_its_chunk():
         future.set_exception(WorkerDied(42, -9))
         return future
 
-    (outcome,) = dispatch(some_chunks(1), send, Window(1), label="shop.Order")
+    (outcome,) = dispatch(planned(some_chunks(1)), send, Window(1), label="shop.Order")
     assert isinstance(outcome.error, WorkerDied)
     assert outcome.error.chunk == Chunk(0, "default")
     assert "chunk 0" in str(outcome.error)
@@ -132,4 +138,82 @@ def test_a_planner_that_fails_half_way_ends_the_call():
 
     with ThreadPoolExecutor(1) as pool, pytest.raises(LookupError):
         window = Window(4)
-        gather.listed(dispatch(chunks(), lambda chunk: pool.submit(one, chunk), window), window, ordered=True)
+        gather.listed(dispatch(planned(chunks()), lambda chunk: pool.submit(one, chunk), window), window, ordered=True)
+
+
+def of_keys(number: int, index: int = 0) -> Chunk:
+    return Chunk(index, "default", keys=tuple(range(number)))
+
+
+def some_done(chunk: Chunk, done: int, seconds: float = 1e-6) -> Outcome:
+    """What comes back when the time is over behind so many rows, each of which took so long."""
+    left = chunk.left(list(chunk.keys[done:]), (chunk.keys[done - 1],), lambda key: (key,))
+    return Outcome(chunk, list(chunk.keys[:done]), rows=done, rest=left, timings=Timings(function=done * seconds))
+
+
+def in_two(chunk, rows):
+    return cutting.in_two(chunk, rows, None)
+
+
+def test_what_is_left_goes_before_what_is_planned():
+    """The first of it first: a caller who takes results in order waits for that one."""
+    supply = Supply((of_keys(4, index) for index in range(9)), Pace(4, 1.0), in_two)
+    zero, one, two = (supply.take(1) for _ in range(3))
+    supply.hear(some_done(two, 1))
+    supply.hear(some_done(zero, 3))
+    supply.hear(Outcome(one, error=ValueError()))
+    taken = [supply.take(0) for _ in range(3)]
+    assert [(chunk.index, chunk.keys) for chunk in taken] == [(0, (3,)), (2, (1, 2, 3)), (3, (0, 1, 2, 3))]
+    assert {chunk.seconds for chunk in taken} == {PATIENCE * 1.0}
+
+
+@pytest.mark.parametrize(("idle", "sizes"), [(0, [99]), (1, [99]), (2, [50, 49]), (4, [25, 25, 25, 24])])
+def test_idle_workers_share_what_one_was_too_slow_for(idle, sizes):
+    """Half of it goes to the one idle worker beside the one that was at it."""
+    supply = Supply(iter([of_keys(100)]), Pace(100, 1.0), in_two)
+    supply.hear(some_done(supply.take(idle), 1))
+    taken = [supply.take(idle - number) for number in range(len(sizes))]
+    assert [len(chunk.keys) for chunk in taken] == sizes
+    assert [key for chunk in taken for key in chunk.keys] == list(range(1, 100))
+    assert supply.take(idle) is None
+
+
+def test_slow_rows_are_sent_a_few_at_once():
+    """As many as take the target; then twice as many each time, as the others may be quick."""
+    supply = Supply(iter([of_keys(100)]), Pace(100, 1.0), in_two)
+    supply.hear(some_done(supply.take(1), 10, seconds=0.2))
+    taken = iter(lambda: supply.take(0), None)
+    assert [len(chunk.keys) for chunk in taken] == [5, 10, 20, 40, 15]
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_a_chunk_that_comes_apart_is_done_to_its_end(ordered):
+    """A row at a time, by two workers, each row once."""
+    out = []
+
+    def send(chunk):
+        out.append(chunk.place)
+        future: Future[Outcome] = Future()
+        future.set_result(some_done(chunk, 1) if len(chunk.keys) > 1 else Outcome(chunk, list(chunk.keys), rows=1))
+        return future
+
+    window = Window(8, workers=2)
+    supply = Supply(iter([of_keys(20)]), Pace(20, 1.0), in_two)
+    results = gather.listed(dispatch(supply, send, window), window, ordered=ordered)
+    assert (results if ordered else sorted(results)) == list(range(20))
+    assert len(set(out)) == len(out) == 20
+
+
+def test_a_worker_that_is_lost_names_the_part():
+    def send(chunk):
+        future: Future[Outcome] = Future()
+        if len(chunk.keys) == 3:
+            future.set_result(some_done(chunk, 1))
+        else:
+            future.set_exception(WorkerDied(42, -9))
+        return future
+
+    supply = Supply(iter([of_keys(3)]), Pace(3, 1.0), in_two)
+    first, second = dispatch(supply, send, Window(2))
+    assert first.error is None
+    assert "chunk 0 (2 keys from 1 to 2)" in str(second.error)

@@ -71,6 +71,11 @@ BAD_SETTINGS = [
     ({"CONNECTIONS": -1}, "CONNECTIONS"),
     ({"CONNECTIONS": {"default": "many"}}, "CONNECTIONS"),
     ({"CHUNK_SIZE": 0}, "CHUNK_SIZE"),
+    ({"TARGET_SECONDS": 0}, "TARGET_SECONDS"),
+    ({"TARGET_SECONDS": "1"}, "TARGET_SECONDS"),
+    ({"TARGET_SECONDS": True}, "TARGET_SECONDS"),
+    ({"TARGET_SECONDS": float("inf")}, "TARGET_SECONDS"),
+    ({"TARGET_SECONDS": float("nan")}, "TARGET_SECONDS"),
     ({"CONNECTIONS": {"nowhere": 1}}, "CONNECTIONS"),
     ({"THREAD": 3}, "THREAD"),
 ]

@@ -31,6 +31,12 @@ class Workers:
     send: Callable[[Chunk], Future[Outcome]]
     #: How many tasks may be out: sent, and their outcomes not yet passed on.
     window: int
+    #: How many tasks are worked on at once.
+    number: int = 1
+
+    @classmethod
+    def so_many(cls, number: int, send: Callable[[Chunk], Future[Outcome]]) -> Workers:
+        return cls(send, number * TASKS_PER_WORKER, number)
 
 
 @contextmanager
@@ -44,12 +50,12 @@ def workers_for(job: Job, options: Options, *, inline: str | None = None) -> Ite
         yield inline_workers(job) if options.threads is not None else rehearsing(job)
     elif options.threads is not None:
         with call_threads(options.threads) as threads:
-            yield Workers(lambda chunk: threads.submit(run_in_thread, job, chunk), options.threads * TASKS_PER_WORKER)
+            yield Workers.so_many(options.threads, lambda chunk: threads.submit(run_in_thread, job, chunk))
     else:
         assert options.processes is not None
         parcel = Parcel.of(job)
         with process_pool(options.processes, from_settings().START_METHOD) as pool:
-            yield Workers(lambda chunk: pool.submit(run_parcel, parcel, chunk), options.processes * TASKS_PER_WORKER)
+            yield Workers.so_many(options.processes, lambda chunk: pool.submit(run_parcel, parcel, chunk))
 
 
 def run_in_thread(job: Job, chunk: Chunk) -> Outcome:
