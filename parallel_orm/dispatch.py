@@ -51,14 +51,24 @@ class Supply:
         #: What is left, and how many rows of it to send at once. The first of the plan's order comes first, as the
         #: results of those behind it may have to wait for it.
         self._left: list[tuple[Chunk, int]] = []
+        #: The places of the chunks that are being worked on.
+        self._out: set[tuple[int, ...]] = set()
 
     def take(self, idle: int) -> Chunk | None:
         """Return the next chunk, for one of so many idle workers; None: there is none, unless more is left undone."""
         chunk = self._part(idle) if self._left else next(self._planned, None)
-        return None if chunk is None else replace(chunk, seconds=self._pace.seconds)
+        if chunk is None:
+            return None
+        self._out.add(chunk.place)
+        return replace(chunk, seconds=self._pace.seconds)
+
+    def has_before(self, place: tuple[int, ...]) -> bool:
+        """Tell whether there is anything to come, of what was taken or left undone, that stands before this place."""
+        return any(out < place for out in self._out) or bool(self._left and self._left[0][0].place < place)
 
     def hear(self, outcome: Outcome) -> None:
         """Learn from what became of a chunk, and keep what is left of it."""
+        self._out.discard(outcome.chunk.place)
         if outcome.error is None:
             self._pace.learn(outcome.rows, outcome.timings)
             if outcome.rest is not None:

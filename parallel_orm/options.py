@@ -158,14 +158,17 @@ class Options:
     ordered: bool = True
     progress: Progress = None
     consistent: bool = False
+    batched: bool = False
+    skip_none: bool = False
 
     def __post_init__(self) -> None:
         for name in ("chunk_size", "processes", "threads"):
             value = getattr(self, name)
             if value is not None and not (_is_whole(value) and value >= 1):
                 raise errors.not_an_integer(name, value)
-        if not isinstance(self.consistent, bool):
-            raise errors.not_a_bool("consistent", self.consistent)
+        for name in ("consistent", "batched", "skip_none"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise errors.not_a_bool(name, value)
         if self.processes is not None and self.threads is not None:
             raise errors.both_kinds_of_workers()
         if not (self.progress is None or isinstance(self.progress, bool) or callable(self.progress)):

@@ -161,7 +161,9 @@ class Outcome:
     error: BaseException | PackedError | None = None
     #: How many rows were read, or, by a function, done.
     rows: int = 0
-    #: What was left undone of a chunk that has a limit, or a time.
+    #: How many results were left out, as they were None.
+    skipped: int = 0
+    #: What was left undone of a chunk that has a time.
     rest: Chunk | None = None
     timings: Timings = Timings()
     #: The process and thread that did it.

@@ -348,10 +348,10 @@ def plan_map(verb: str, queryset: Rows, options: Options) -> Plan:
     return replace(
         plan,
         consistent=options.consistent and inline != "testcase",
-        key_of=_reader_for(plan),
+        key_of=None if options.batched else _reader_for(plan),
         # In this process nobody is idle meanwhile, and the same queries are made each time.
         target_seconds=None if inline else from_settings().TARGET_SECONDS,
-        steers=not options.has_chunk_size,
+        steers=not (options.has_chunk_size or options.batched),
     )
 
 

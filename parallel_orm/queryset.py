@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping
-from contextlib import closing
 from inspect import iscoroutinefunction
 from typing import TYPE_CHECKING, Any, Self, TypeVar, TypeVarTuple, cast
 
+from asgiref.sync import sync_to_async
 from django.core.exceptions import SynchronousOnlyOperation
 from django.db.models import Model, QuerySet, prefetch_related_objects
 from django.db.models.query import RawQuerySet
@@ -16,22 +16,23 @@ from django.db.models.sql import Query
 from parallel_orm import errors, gather
 from parallel_orm.background import NOTHING_STARTED, Background, Pending, start_read
 from parallel_orm.bonds import as_of_now
-from parallel_orm.dispatch import Supply, Window, dispatch
-from parallel_orm.executors import workers_for
+from parallel_orm.keeping import Combined, nothing
+from parallel_orm.mapping import mapping
 from parallel_orm.options import Options, Progress
 from parallel_orm.outcomes import Stopwatch
 from parallel_orm.plan import Plan, plan_map, plan_walk, plan_whole
 from parallel_orm.prefetch import prefetch_side_by_side
-from parallel_orm.progress import listener_for, told
 from parallel_orm.reads import running
-from parallel_orm.report import Report, Results
-from parallel_orm.snapshots import snapshot_of
+from parallel_orm.report import AsyncStream, Report, Results, Stream
 from parallel_orm.task import Apply, Work
 from parallel_orm.walk import ChunkRows, as_lists, awaited, awaited_one_by_one, one_by_one, postponed, walk
 
 M = TypeVar("M", bound=Model, covariant=True)
 Row = TypeVar("Row", covariant=True)
 Result = TypeVar("Result")
+
+#: What ``initial`` of a reduction is that has none.
+NO_INITIAL: Any = object()
 
 if TYPE_CHECKING:
     _RawQuerySet = RawQuerySet[Any]
@@ -439,12 +440,14 @@ class ParallelQuerySet(_Startable, QuerySet[M, Row]):
 
     def parallel_map(
         self,
-        fn: Callable[[Row], Result],
+        fn: Callable[[Any], Result],
         processes: int | None = None,
         *,
         threads: int | None = None,
         chunk_size: int | None = None,
         ordered: bool = True,
+        batched: bool = False,
+        skip_none: bool = False,
         progress: Progress = None,
         consistent: bool = False,
     ) -> Results[Result]:
@@ -469,6 +472,9 @@ class ParallelQuerySet(_Startable, QuerySet[M, Row]):
             more of them work at once than the setting ``CONNECTIONS`` allows.
         :param chunk_size: rows a chunk, always as many. By default 1,000 at first, and then as many as follows from the
             time that the last ones took: at most twice as many each time, at least half, and no more than 10,000.
+        :param batched: True: ``fn`` is called once for each chunk, with a list of at most ``chunk_size`` rows, 1,000 by
+            default, and gives one result for them. A chunk does not come apart then.
+        :param skip_none: True: results that are None are left out; ``report.skipped`` counts them.
         :param ordered: True: the results of ``[fn(row) for row in self]``, in that order. False: as chunks come in.
         :param progress: True for a bar with rate and time left (the ``progress`` extra), or a callable that is told
             ``(done_rows, total_rows)``. Costs one count.
@@ -487,23 +493,161 @@ class ParallelQuerySet(_Startable, QuerySet[M, Row]):
         Not promised: a snapshot. Chunks are read one after the other; a row that is changed meanwhile comes as it is
         when its chunk is read. Context variables of the caller's own reach threads, but not processes.
         """
-        options = Options(chunk_size, processes, threads, ordered, progress, consistent).with_workers()
-        function: object = fn
-        if not callable(function) or iscoroutinefunction(function):
-            raise errors.not_callable(fn)
+        options = Options(
+            chunk_size, processes, threads, ordered, progress, consistent, batched=batched, skip_none=skip_none
+        ).with_workers()
+        work = Apply(plain_callable(fn), skip_none=skip_none, batched=batched)
         plan = plan_map("parallel_map", self, options)
         report = Report(reason=plan.inline)
-        with snapshot_of(plan.alias, plan.session, wanted=plan.consistent) as snapshot:
-            job = plan.job(Apply(fn, snapshot.name))
-            with (
-                listener_for(progress, job.label) as listener,
-                workers_for(job, options, inline=plan.inline) as workers,
-            ):
-                window, pace = Window(workers.window, workers.number), plan.pace(workers.number)
-                supply = Supply(snapshot.within(plan.chunks(pace)), pace, plan.in_two)
-                with closing(dispatch(supply, workers.send, window, label=job.label)) as outcomes:
-                    watched = told(report.watch(outcomes), listener, plan.count)
-                    return Results(gather.listed(watched, window, ordered=ordered), report)
+        with mapping(plan, work, options, report) as run:
+            return Results(gather.listed(run.outcomes, run.window, ordered=ordered), report)
+
+    def parallel_imap(
+        self,
+        fn: Callable[[Any], Result],
+        processes: int | None = None,
+        *,
+        threads: int | None = None,
+        chunk_size: int | None = None,
+        ordered: bool = True,
+        batched: bool = False,
+        skip_none: bool = False,
+        progress: Progress = None,
+        consistent: bool = False,
+    ) -> Stream[Result]:
+        """Map as :meth:`parallel_map` does, and return an iterator over the results, in memory for a few chunks.
+
+        Nothing is asked before its first ``next()``. From then on chunks are worked on until there are four for each
+        worker whose results wait: the workers wait for a slow caller. ``ordered=True``: in the order of the queryset,
+        so a slow chunk keeps those behind it waiting, which are as few. ``ordered=False``: as chunks come in.
+
+        What it may ask and refuses is decided by this call, arguments are as those of ``parallel_map``, and so are
+        exceptions, which come in the place of their chunk where ``ordered``. To leave it half-way sees to the end what
+        is under way: take it ``with``, or ``close()`` it, to have that done at a known time.
+
+        :returns: an iterator with a ``report`` of what was done so far, to be used by one thread.
+        """
+        options = Options(
+            chunk_size, processes, threads, ordered, progress, consistent, batched=batched, skip_none=skip_none
+        )
+        report = Report()
+        return Stream(gather.each_of(self._streamed("parallel_imap", fn, options, report)), report)
+
+    def _streamed(
+        self, verb: str, fn: Callable[[Any], Result], options: Options, report: Report
+    ) -> Generator[list[Result]]:
+        options = options.with_workers()
+        work = Apply(plain_callable(fn), skip_none=options.skip_none, batched=options.batched)
+        plan = plan_map(verb, self, options)
+        report.reason = plan.inline
+
+        def lists() -> Generator[list[Result]]:
+            with mapping(plan, work, options, report) as run:
+                yield from gather.streamed(run.outcomes, run.window, run.supply, ordered=options.ordered)
+
+        return lists()
+
+    def parallel_each(
+        self,
+        fn: Callable[[Any], object],
+        processes: int | None = None,
+        *,
+        threads: int | None = None,
+        chunk_size: int | None = None,
+        batched: bool = False,
+        progress: Progress = None,
+        consistent: bool = False,
+    ) -> Report:
+        """Call ``fn`` with every row, on all cores, for what it does; what it returns is dropped where it runs.
+
+        As :meth:`parallel_map`, with its arguments and exceptions; no result travels, and the caller needs no memory.
+        Rows are done in no order.
+
+        :returns: the report.
+        """
+        options = Options(
+            chunk_size, processes, threads, ordered=False, progress=progress, consistent=consistent, batched=batched
+        ).with_workers()
+        work = Apply(plain_callable(fn), nothing, batched=batched)
+        plan = plan_map("parallel_each", self, options)
+        report = Report(reason=plan.inline)
+        with mapping(plan, work, options, report) as run:
+            gather.drained(run.outcomes, run.window)
+        return report
+
+    def parallel_reduce(
+        self,
+        fn: Callable[[Any], Result],
+        combine: Callable[[Result, Result], Result],
+        initial: Result = NO_INITIAL,
+        processes: int | None = None,
+        *,
+        threads: int | None = None,
+        chunk_size: int | None = None,
+        batched: bool = False,
+        skip_none: bool = False,
+        progress: Progress = None,
+        consistent: bool = False,
+    ) -> Result:
+        """Return ``functools.reduce(combine, map(fn, rows), initial)``, on all cores.
+
+        The results of a chunk are combined where they are made, so one value a chunk travels; those of the chunks then
+        here, in the order of the queryset. ``combine`` must be associative, as ``operator.add`` is: which neighbours
+        are combined first is not said. It need not be commutative. Other arguments and exceptions are those of
+        :meth:`parallel_map`.
+
+        :param initial: combined once, in front of all others; what comes back where there are no results.
+        :raises TypeError: there are no results, and no ``initial``.
+        """
+        options = Options(
+            chunk_size, processes, threads, True, progress, consistent, batched=batched, skip_none=skip_none
+        ).with_workers()
+        work = Apply(plain_callable(fn), Combined(plain_callable(combine)), skip_none, batched)
+        plan = plan_map("parallel_reduce", self, options)
+        with mapping(plan, work, options, Report(reason=plan.inline)) as run:
+            values = gather.streamed(run.outcomes, run.window, run.supply, ordered=True)
+            reduced = gather.reduced(values, combine, [] if initial is NO_INITIAL else [initial])
+        if not reduced:
+            raise TypeError("parallel_reduce() of no results, without an initial value")
+        value: Result = reduced[0]
+        return value
+
+    async def aparallel_map(self, fn: Callable[[Any], Result], *args: Any, **kwargs: Any) -> Results[Result]:
+        """Map as :meth:`parallel_map` does; waits for it in the thread that Django's async methods use."""
+        return await sync_to_async(self.parallel_map)(fn, *args, **kwargs)
+
+    def aparallel_imap(
+        self,
+        fn: Callable[[Any], Result],
+        processes: int | None = None,
+        *,
+        threads: int | None = None,
+        chunk_size: int | None = None,
+        ordered: bool = True,
+        batched: bool = False,
+        skip_none: bool = False,
+        progress: Progress = None,
+        consistent: bool = False,
+    ) -> AsyncStream[Result]:
+        """Map as :meth:`parallel_imap` does, for ``async for``; what it refuses it refuses at the first row.
+
+        It waits for chunks in the thread that Django's async methods use.
+        """
+        options = Options(
+            chunk_size, processes, threads, ordered, progress, consistent, batched=batched, skip_none=skip_none
+        )
+        report = Report()
+        lists = postponed(lambda: self._streamed("aparallel_imap", fn, options, report))
+        return AsyncStream(awaited_one_by_one(lists), report)
+
+    async def aparallel_each(self, fn: Callable[[Any], object], *args: Any, **kwargs: Any) -> Report:
+        """Do as :meth:`parallel_each` does; waits for it in the thread that Django's async methods use."""
+        return await sync_to_async(self.parallel_each)(fn, *args, **kwargs)
+
+    async def aparallel_reduce(self, fn: Callable[[Any], Result], *args: Any, **kwargs: Any) -> Result:
+        """Reduce as :meth:`parallel_reduce` does; waits for it in the thread that Django's async methods use."""
+        reduced: Result = await sync_to_async(self.parallel_reduce)(fn, *args, **kwargs)
+        return reduced
 
     def explain_plan(self, chunk_size: int | None = None, *, ordered: bool = True, walk: bool = False) -> Plan:
         """Return the plan that :meth:`parallel_map` would follow; ``str()`` of it tells how it is cut, and why.
@@ -557,6 +701,21 @@ class ParallelRawQuerySet(_Startable, _RawQuerySet):
         """Refused: SQL of the user's own cannot be cut."""
         raise self._refusal("parallel_map")
 
+    def parallel_imap(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused, as :meth:`parallel_map` is."""
+        raise self._refusal("parallel_imap")
+
+    def parallel_each(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused, as :meth:`parallel_map` is."""
+        raise self._refusal("parallel_each")
+
+    def parallel_reduce(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused, as :meth:`parallel_map` is."""
+        raise self._refusal("parallel_reduce")
+
+    aparallel_map, aparallel_imap = parallel_map, parallel_imap
+    aparallel_each, aparallel_reduce = parallel_each, parallel_reduce
+
     def start_count(self) -> Any:
         """Refused, as Django's raw querysets have no ``count()``."""
         raise self._refusal("start_count", "Django's raw querysets have no count()")
@@ -574,6 +733,13 @@ class ParallelRawQuerySet(_Startable, _RawQuerySet):
             problem,
             "Use start_fetch(), or filter the model by a subquery: filter(pk__in=RawSQL(...)).",
         )
+
+
+def plain_callable(fn: Any) -> Any:
+    """Return a function that can be called in a worker, or refuse it."""
+    if not callable(fn) or iscoroutinefunction(fn):
+        raise errors.not_callable(fn)
+    return fn
 
 
 Querysets = TypeVarTuple("Querysets")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 from parallel_orm.outcomes import Outcome
 
@@ -22,6 +22,8 @@ class Report:
     chunks: int = 0
     #: Rows whose function returned.
     succeeded: int = 0
+    #: Results that were None, and left out.
+    skipped: int = 0
     #: From the call to its end, as the caller waited.
     seconds: float = 0.0
     #: In the workers: reading rows, running the function, packing results.
@@ -48,6 +50,7 @@ class Report:
             if outcome.error is None:
                 self.rows += outcome.rows
                 self.succeeded += outcome.rows
+                self.skipped += outcome.skipped
                 alias = outcome.chunk.alias
                 self.by_alias[alias] = self.by_alias.get(alias, 0) + outcome.rows
                 self.workers[outcome.worker] = self.workers.get(outcome.worker, 0) + outcome.rows
@@ -64,6 +67,50 @@ class Report:
             f"{len(self.workers)} workers{where}; in the workers {self.database_seconds:.2f} s database, "
             f"{self.function_seconds:.2f} s function, {self.shipping_seconds:.2f} s packing results"
         )
+
+
+class Stream(Iterator[Result]):
+    """The results of a map as they come, with the ``report`` of how they were made so far.
+
+    To be used by one thread, to its end or ``with``: left half-way it sees to the end what is under way, by
+    :meth:`close`, at the end of a ``with`` block, or when nobody holds it any more.
+    """
+
+    def __init__(self, results: Generator[Result], report: Report) -> None:
+        self._results, self.report = results, report
+
+    def __next__(self) -> Result:
+        return next(self._results)
+
+    def close(self) -> None:
+        """Begin nothing else, and wait for what is under way."""
+        self._results.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+class AsyncStream(AsyncIterator[Result]):
+    """The same for ``async for`` and ``async with``."""
+
+    def __init__(self, results: AsyncGenerator[Result], report: Report) -> None:
+        self._results, self.report = results, report
+
+    async def __anext__(self) -> Result:
+        return await anext(self._results)
+
+    async def aclose(self) -> None:
+        """Begin nothing else, and wait for what is under way."""
+        await self._results.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.aclose()
 
 
 class Results(list[Result], Generic[Result]):

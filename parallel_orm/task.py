@@ -27,6 +27,7 @@ from parallel_orm import errors
 from parallel_orm.capsule import Capsule, Locale, World
 from parallel_orm.chunks import Chunk, key_of_row
 from parallel_orm.connections import lender
+from parallel_orm.keeping import Keep, everything
 from parallel_orm.keyset import Key, Keyset
 from parallel_orm.outcomes import Outcome, Stopwatch, note
 from parallel_orm.rows import listed, read
@@ -66,23 +67,46 @@ def fetch(rows: Rows, clock: Stopwatch, snapshot: str | None = None) -> tuple[li
 
 
 @dataclass(frozen=True, slots=True)
+class Done:
+    """What a function made of a chunk, or of its first rows."""
+
+    #: What was kept of its results.
+    value: list[Any]
+    #: Rows done.
+    rows: int
+    #: Results that were left out.
+    skipped: int = 0
+    #: What was left undone.
+    rest: Chunk | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Apply:
-    """A function's result for each row, as a list."""
+    """A function's result for each row, or for all rows of the chunk as a list."""
 
     function: Callable[[Any], Any]
+    keep: Keep = everything
+    #: Whether results that are None are left out.
+    skip_none: bool = False
+    batched: bool = False
     #: Of what moment the rows are. The function itself sees now.
     snapshot: str | None = None
 
-    def part(
-        self, rows: Rows, clock: Stopwatch, chunk: Chunk, key_of: Callable[[Any], Key] | None
-    ) -> tuple[list[Any], Chunk | None]:
-        """Return the results of the chunk, or of its first rows when its time is over, and what is then left of it.
+    def part(self, rows: Rows, clock: Stopwatch, chunk: Chunk, key_of: Callable[[Any], Key] | None) -> Done:
+        """Do the chunk, or its first rows until its time is over.
 
         Where rows do not tell their keys, it takes the time it takes.
         """
-        fetched, _ = fetch(rows, clock, self.snapshot)
-        results: list[Any] = []
-        function, now, end = self.function, perf_counter, inf
+        fetched, number = fetch(rows, clock, self.snapshot)
+        take, kept = self.keep()
+        function, skip_none, skipped = self.function, self.skip_none, 0
+        if self.batched:
+            with clock("function"):
+                if fetched and not ((result := function(fetched)) is None and skip_none):
+                    take(result)
+                    return Done(kept, number)
+            return Done(kept, number, skipped=number and 1)
+        now, end, done = perf_counter, inf, 0
         # The key of the row at hand, if it was read before the function had the row, which may change it. That is so
         # for the first row, and when the time is over for one row more, which is then the last.
         last: Key | None = None
@@ -93,21 +117,25 @@ class Apply:
         with clock("function"):
             try:
                 for row in fetched:
-                    results.append(function(row))
+                    result = function(row)
+                    if result is None and skip_none:
+                        skipped += 1
+                    else:
+                        take(result)
+                    done += 1
                     if now() < end:
                         last = None
                     elif last is not None:
                         break
-                    elif key_of is not None and len(results) < len(fetched):
-                        last = key_of(fetched[len(results)])
+                    elif key_of is not None and done < number:
+                        last = key_of(fetched[done])
             except BaseException as error:
-                at = len(results)
-                note(error, f"at row {at} of its chunk, primary key {key_of_row(fetched[at])}")
+                note(error, f"at row {done} of its chunk, primary key {key_of_row(fetched[done])}")
                 raise
-        left = fetched[len(results) :]
+        left = fetched[done:]
         if not left or last is None or key_of is None:
-            return results, None
-        return results, chunk.left(left, last, key_of)
+            return Done(kept, done, skipped)
+        return Done(kept, done, skipped, chunk.left(left, last, key_of))
 
 
 @dataclass(frozen=True)
@@ -167,28 +195,18 @@ class Task:
         """Do it here and now, on this thread's own connections."""
         job, chunk, clock = self.job, self.chunk, Stopwatch()
         worker = f"{os.getpid()}/{threading.current_thread().name}"
-        rest = None
         try:
             # A whole chunk is alone in its job, and the queryset is nobody else's: no copy is needed.
             rows = job.queryset if chunk.is_whole else chunk.narrow(at(job.queryset, chunk.alias), job.keyset)
             if isinstance(job.work, Apply):
-                value, rest = job.work.part(rows, clock, chunk, job.key_of)
-                number = len(value)
+                done = job.work.part(rows, clock, chunk, job.key_of)
             else:
-                value, number = job.work(rows, clock)
-                rest = self.rest_behind(value)
+                done = Done(*job.work(rows, clock))
         except BaseException as error:
             if not chunk.is_whole:
                 note(error, f"in {chunk} of {job.label}")
             return Outcome(chunk, error=error, timings=clock.timings, worker=worker)
-        return Outcome(chunk, value, rows=number, rest=rest, timings=clock.timings, worker=worker)
-
-    def rest_behind(self, rows: Any) -> Chunk | None:
-        """Return what a page leaves undone behind its last row, or None where it was the last one."""
-        chunk, key_of = self.chunk, self.job.key_of
-        if chunk.limit is None or key_of is None or len(rows) != chunk.limit:
-            return None
-        return chunk.rest(key_of(rows[-1]))
+        return Outcome(chunk, done.value, None, done.rows, done.skipped, done.rest, clock.timings, worker)
 
     def run_in_thread(self) -> Outcome:
         """Do it in another thread than the caller's: in a copy of the caller's context, on a lent connection."""

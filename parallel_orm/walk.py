@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import aclosing, closing
-from typing import Any
+from typing import Any, TypeVar
 
 from asgiref.sync import sync_to_async
 from django.db import connections
@@ -16,6 +16,7 @@ from parallel_orm.plan import Plan
 from parallel_orm.rows import Unmade, listed, read
 from parallel_orm.snapshots import snapshot_of
 
+Item = TypeVar("Item")
 #: The rows of a chunk: in a list, or made when they are asked for.
 ChunkRows = Unmade | list[Any]
 
@@ -97,8 +98,8 @@ def as_lists(chunks: Generator[ChunkRows]) -> Generator[list[Any]]:
             del rows
 
 
-def postponed(make: Callable[[], Generator[ChunkRows]]) -> Generator[ChunkRows]:
-    """Yield what a walk yields that is planned when it is first asked for."""
+def postponed(make: Callable[[], Generator[Item]]) -> Generator[Item]:
+    """Yield what is planned when it is first asked for."""
     yield from make()
 
 

@@ -146,3 +146,52 @@ class LoudQuerySet(ParallelQuerySet[Any, Any]):
 
 def itself(row: Any) -> Any:
     return row
+
+
+def raise_score(row: Any) -> None:
+    row.score = 1000 + row.rank
+    row.save(update_fields=["score"])
+
+
+def raise_scores(rows: list[Any]) -> None:
+    for row in rows:
+        raise_score(row)
+
+
+def lock(row: Any) -> Any:
+    return threading.Lock()
+
+
+def rank_and_comma(row: Any) -> str:
+    return f"{row.rank},"
+
+
+def ranks(rows: list[Any]) -> list[int]:
+    assert isinstance(rows, list)
+    return [row.rank for row in rows]
+
+
+def score(row: Any) -> int | None:
+    score: int | None = row.score
+    return score
+
+
+def nothing(row: Any) -> None:
+    pass
+
+
+def zero(row: Any) -> int:
+    return 0
+
+
+def first(one: Any, other: Any) -> Any:
+    return one
+
+
+def name(row: Any) -> str:
+    return str(row.name)
+
+
+def rename(row: Any) -> None:
+    row.name = "x"
+    row.save()

@@ -174,8 +174,9 @@ def test_a_chunk_is_worked_on_for_as_long_as_it_was_read(default, monkeypatch, r
     rows = some(default).order_by("pk")
     keys = [row.pk for row in rows]
     chunk = Chunk(0, default, until=(keys[-1],), seconds=2000)
-    results, left = Apply(spoil).part(rows, Stopwatch(), chunk, lambda row: (row.pk,))
-    assert results == keys[:done]
+    part = Apply(spoil).part(rows, Stopwatch(), chunk, lambda row: (row.pk,))
+    left = part.rest
+    assert (part.value, part.rows) == (keys[:done], done)
     assert (left.after, left.until, left.rows) == ((keys[done - 1],), (keys[-1],), 12 - done)
 
 
