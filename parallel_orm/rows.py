@@ -75,8 +75,7 @@ class Opened:
     def __init__(self, queryset: Any) -> None:
         self._queryset = queryset
         self._compiler = queryset.query.get_compiler(using=queryset.db)
-        self._cursor = _execute(self._compiler)
-        self._rows: list[Any] = []
+        self._cursor, self._rows = _execute(self._compiler)
 
     def fetch(self) -> None:
         """Take the rows from the driver."""
@@ -101,14 +100,18 @@ class Opened:
         return made
 
 
-def _execute(compiler: Any) -> Any:
-    """Return a cursor that has run the query, as ``execute_sql()`` does; None where it is seen to have no rows."""
+def _execute(compiler: Any) -> tuple[Any, list[Any]]:
+    """Return a cursor that has run the query, as ``execute_sql()`` runs it, and no rows; or no cursor, and the rows."""
+    executes = type(compiler).execute_sql
+    if executes.__module__ != "django.db.models.sql.compiler" or hasattr(executes, "__wrapped__"):
+        # Somebody listens there, or answers: a profiler, a cache.
+        return None, [*chain.from_iterable(compiler.execute_sql())]
     try:
         sql, params = compiler.as_sql()
     except EmptyResultSet:
-        return None
+        sql = ""
     if not sql:
-        return None
+        return None, []
     cursor = compiler.connection.cursor()
     try:
         read_moments_fast(compiler.connection, cursor)
@@ -116,7 +119,7 @@ def _execute(compiler: Any) -> Any:
     except BaseException:
         cursor.close()
         raise
-    return cursor
+    return cursor, []
 
 
 def listed(rows: Iterable[Any]) -> list[Any]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import datetime
 import decimal
+import functools
 import gc
 import pickle
 import threading
 import uuid
 import weakref
+from collections.abc import Iterable
 
 import pytest
 from django.core.exceptions import FieldError
@@ -16,6 +18,7 @@ from django.db import connections, models
 from django.db.models import Count, F, FilteredRelation, Model, Q, Value
 from django.db.models.functions import Upper
 from django.db.models.signals import post_init, pre_init
+from django.db.models.sql.compiler import SQLCompiler
 from django.test import override_settings
 
 from parallel_orm import collector, makers, rows
@@ -320,6 +323,23 @@ def test_a_compiler_with_ways_of_its_own_is_left_alone(filled, monkeypatch):
 
     monkeypatch.setattr(type(queryset.query), "get_compiler", lambda self, using: Own(self, connections[using], using))
     assert isinstance(read(queryset.all()), list)
+
+
+@pytest.mark.parametrize("wraps", [True, False])
+def test_whoever_stands_in_the_way_of_a_query_sees_it(filled, monkeypatch, wraps):
+    """As profilers and caches do, who put a function of theirs in its place, and may make lists of what comes."""
+    execute_sql, seen = SQLCompiler.execute_sql, []
+
+    def listening(self, *args, **kwargs):
+        seen.append(self.query.model)
+        result = execute_sql(self, *args, **kwargs)
+        return list(result) if isinstance(result, Iterable) else result
+
+    monkeypatch.setattr(SQLCompiler, "execute_sql", functools.wraps(execute_sql)(listening) if wraps else listening)
+    for name in ("values, ordered by what is not selected", "Article", "impossible"):
+        queryset = MADE[name].using(filled)
+        assert [parts(row) for row in read(queryset.all())] == [parts(row) for row in queryset]
+    assert len(seen) == 6
 
 
 def test_a_queryset_class_with_ways_of_its_own_is_left_alone(filled):
