@@ -14,7 +14,7 @@ import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
-from types import CodeType
+from types import CodeType, FunctionType
 from typing import Any
 
 from django.conf import settings
@@ -25,7 +25,6 @@ from django.db.models.fields.related_descriptors import ForeignKeyDeferredAttrib
 from django.db.models.query import FlatValuesListIterable, ModelIterable, ValuesIterable, ValuesListIterable
 from django.db.models.query_utils import DeferredAttribute
 from django.db.models.signals import post_init, pre_init
-from django.db.models.sql.compiler import SQLCompiler
 
 #: Makes rows of a driver's tuples, one when it is asked for the next one.
 Maker = Callable[[Iterable[Sequence[Any]]], Iterator[Any]]
@@ -35,7 +34,7 @@ def maker_of(queryset: Any, compiler: Any) -> Maker | None:
     """Return what makes the rows of a queryset, whose ``compiler`` has made its SQL; None where Django must."""
     kind, width = queryset._iterable_class, compiler.col_count
     columns = [column for column, *_ in compiler.select[:width]]
-    if any(isinstance(column, ColPairs) for column in columns) or not _is_djangos_own(type(compiler)):
+    if any(isinstance(column, ColPairs) for column in columns):
         return None
     code = _Code(width)
     for place, (converters, expression) in compiler.get_converters(columns).items():
@@ -48,7 +47,7 @@ def maker_of(queryset: Any, compiler: Any) -> Maker | None:
     if kind is ValuesIterable:
         names = [*queryset.query.extra_select, *queryset.query.values_select, *queryset.query.annotation_select]
         names = list(getattr(queryset.query, "selected", None) or names)
-        code.line(f"yield {{{', '.join(f'{name!r}: v{place}' for place, name in enumerate(names))}}}")
+        code.line(f"yield {{{', '.join(f'{code.text(name)}: v{place}' for place, name in enumerate(names))}}}")
         return code.function()
     if kind is ValuesListIterable:
         code.line(f"yield ({''.join(f'v{place}, ' for place in range(width))})")
@@ -86,9 +85,15 @@ def _as_they_are(rows: Iterable[Sequence[Any]]) -> Iterator[Any]:
     return map(tuple, rows)  # a tuple stays the one that it is
 
 
-def _is_djangos_own(compiler: type) -> bool:
+def is_written_in(function: Any, *modules: str) -> bool:
+    """Tell whether a function is of these modules, and not one in its place that is named alike."""
+    return type(function) is FunctionType and function.__globals__["__name__"] in modules
+
+
+def is_djangos_own(compiler: type) -> bool:
+    """Tell whether a compiler makes its rows as Django's do."""
     names = ("results_iter", "apply_converters", "get_converters")
-    return all(getattr(compiler, name) is getattr(SQLCompiler, name) for name in names)
+    return all(is_written_in(getattr(compiler, name), "django.db.models.sql.compiler") for name in names)
 
 
 class _Code:
@@ -111,12 +116,17 @@ class _Code:
         name, _ = self._given.setdefault(id(value), (f"g{len(self._given)}", value))
         return name
 
+    def text(self, name: str) -> str:
+        """Return how the function says a name, which may be a member of an enum, whose ``repr()`` is no Python."""
+        return repr(name) if type(name) is str else self.given(name)
+
     def assign(self, target: str, name: str, value: str, depth: int) -> None:
         """Do what ``setattr()`` does, whatever name it is given."""
-        if name.isascii() and name.isidentifier() and not keyword.iskeyword(name):
+        is_plain = type(name) is str and name.isascii() and name.isidentifier()
+        if is_plain and not keyword.iskeyword(name) and name != "__debug__":
             self.line(f"{target}.{name} = {value}", depth)
         else:
-            self.line(f"setattr({target}, {name!r}, {value})", depth)
+            self.line(f"setattr({target}, {self.text(name)}, {value})", depth)
 
     def function(self) -> Maker:
         names = [name for name, _ in self._given.values()]
@@ -124,7 +134,8 @@ class _Code:
         lines += [f"            {line}" for line in self._body]
         namespace: dict[str, Any] = {}
         exec(_compiled("\n".join([*lines, "    return make"])), namespace)  # noqa: S102 - of names checked above
-        maker: Maker = namespace["bind"](*(value for _, value in self._given.values()))
+        # Taken out, as it knows the namespace: both would stay until the cyclic collector comes.
+        maker: Maker = namespace.pop("bind")(*(value for _, value in self._given.values()))
         return maker
 
 
@@ -212,7 +223,7 @@ class _Tree:
             code.line(f"columns = {row}.__dict__", depth)
         for name, place in columns:
             if keys and kinds[name] in PLAIN_DESCRIPTORS:
-                code.line(f"columns[{name!r}] = v{place}", depth)
+                code.line(f"columns[{code.text(name)}] = v{place}", depth)
             else:
                 code.assign(row, name, f"v{place}", depth)
         for name, value in self.state.items():
@@ -226,13 +237,15 @@ PLAIN_DESCRIPTORS = (DeferredAttribute, ForeignKeyDeferredAttribute)
 def is_plain(model: type[Model]) -> bool:
     """Tell whether a model has Django's own way of being made, and nobody listens.
 
-    No ``__init__``, ``from_db``, ``__new__`` or ``__setattr__`` of its own, also not of a class beside ``Model``.
+    No ``__init__``, ``from_db``, ``__new__`` or ``__setattr__`` of its own, also not of a class beside ``Model``, nor
+    somebody's own in place of ``Model``'s.
     """
     from_db: Any = model.from_db
-    djangos: Any = Model.from_db
     return (
-        getattr(from_db, "__func__", None) is djangos.__func__
-        and model.__init__ is Model.__init__
+        is_written_in(getattr(from_db, "__func__", None), "django.db.models.base")
+        and is_written_in(model.__init__, "django.db.models.base")
+        and not hasattr(model, "_state")
+        and model.__getattribute__ is object.__getattribute__
         and _next_init(model) is object.__init__
         and model.__new__ is object.__new__
         and model.__setattr__ is object.__setattr__

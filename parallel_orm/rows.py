@@ -18,12 +18,13 @@ from django.db.models.query import (
     FlatValuesListIterable,
     ModelIterable,
     NamedValuesListIterable,
+    RelatedPopulator,
     ValuesIterable,
     ValuesListIterable,
 )
 
 from parallel_orm import collector
-from parallel_orm.makers import Maker, maker_of
+from parallel_orm.makers import Maker, is_djangos_own, is_written_in, maker_of
 from parallel_orm.moments import read_moments_fast
 
 DJANGOS = (ModelIterable, ValuesIterable, ValuesListIterable, NamedValuesListIterable, FlatValuesListIterable)
@@ -131,14 +132,22 @@ def listed(rows: Iterable[Any]) -> list[Any]:
 
 
 def is_read_as_djangos(queryset: Any) -> bool:
-    """Tell whether no derived class reads in a way of its own, nor brings rows of its own kind."""
+    """Tell whether nobody reads in a way of their own, nor brings rows of their own kind.
+
+    A union may: by its SQL Django changes what it selects, where it is ordered by something else.
+    """
     return (
         isinstance(queryset, QuerySet)
         and queryset._iterable_class in DJANGOS
+        and not queryset.query.combinator
         and all(
-            getattr(type(queryset), name).__module__ in ("django.db.models.query", "parallel_orm.queryset")
-            for name in ("__iter__", "_fetch_all")
+            is_written_in(getattr(kind, name), "django.db.models.query", "parallel_orm.queryset")
+            for kind, name in (
+                *((type(queryset), "__iter__"), (type(queryset), "_fetch_all")),
+                *((queryset._iterable_class, "__iter__"), (RelatedPopulator, "populate")),
+            )
         )
+        and is_djangos_own(type(queryset.query.get_compiler(using=queryset.db)))
     )
 
 
