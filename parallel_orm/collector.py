@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Lock
@@ -36,3 +37,16 @@ def paused() -> Iterator[None]:
             _pauses -= 1
             if not _pauses and _was_on:
                 gc.enable()
+
+
+def forget() -> None:
+    """In a forked child: whoever had paused it is not here."""
+    global _lock, _pauses
+    _lock = Lock()
+    if _pauses and _was_on:
+        gc.enable()
+    _pauses = 0
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=forget)

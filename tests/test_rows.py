@@ -7,6 +7,7 @@ import decimal
 import enum
 import functools
 import gc
+import os
 import pickle
 import threading
 import uuid
@@ -552,6 +553,34 @@ def test_pauses_nest_and_end_with_an_error():
         assert not gc.isenabled(), "never switched on for who had it off"
     finally:
         gc.enable()
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform has no fork")
+def test_a_forked_child_has_no_pause_of_another_thread():
+    entered, leave = threading.Event(), threading.Event()
+
+    def pause():
+        with collector.paused(), collector._lock:
+            entered.set()
+            leave.wait(60)
+
+    thread = threading.Thread(target=pause)
+    thread.start()
+    try:
+        assert entered.wait(60)
+        child = os.fork()
+        if child == 0:
+            if collector._lock.locked() or not gc.isenabled():
+                os._exit(1)
+            with collector.paused():
+                off = not gc.isenabled()
+            os._exit(0 if off and gc.isenabled() else 2)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    finally:
+        leave.set()
+        thread.join(60)
+    assert gc.isenabled()
 
 
 def test_pauses_of_several_threads_overlap():
