@@ -13,6 +13,7 @@ import threading
 import uuid
 import weakref
 from collections.abc import Iterable
+from contextlib import contextmanager
 
 import pytest
 from django.core.exceptions import FieldError
@@ -29,6 +30,7 @@ from parallel_orm import collector, makers, rows
 from parallel_orm.errors import InvalidOption
 from parallel_orm.makers import is_plain
 from parallel_orm.rows import Unmade, listed, read
+from tests.testapp.fields import Columns, Measured
 from tests.testapp.models import (
     Article,
     Author,
@@ -264,6 +266,109 @@ def test_a_union_is_made_by_django(filled):
         lambda: union().values("name"),
     ):
         assert [parts(row) for row in read(rows_of())] == [parts(row) for row in rows_of()]
+
+
+@contextmanager
+def tables(alias, *kinds):
+    """Within: these models, which are on no database, have tables on this one."""
+    with connections[alias].schema_editor() as editor:
+        for kind in kinds:
+            editor.create_model(kind)
+    try:
+        yield
+    finally:
+        with connections[alias].schema_editor() as editor:
+            for kind in kinds:
+                editor.delete_model(kind)
+
+
+def assert_same(queryset, made_by):
+    """Compare what a row has, and what it says of it, which a descriptor may make of that."""
+    made, djangos = read(queryset.all()), list(queryset)
+    assert isinstance(made, made_by)
+    for row, django_s in zip(made, djangos, strict=True):
+        assert parts(row) == parts(django_s)
+        for column in row._meta.concrete_fields:
+            ours, theirs = getattr(row, column.attname), getattr(django_s, column.attname)
+            assert (type(ours), str(ours)) == (type(theirs), str(theirs))
+        assert parts(row) == parts(django_s)
+    assert djangos
+
+
+def test_every_field_of_djangos(alias):
+    with tables(alias, Columns, Measured):
+        first = Columns.objects.using(alias).create()
+        Columns.objects.using(alias).create(empty="b.png", one=first)
+        Measured.objects.using(alias).create()
+        assert_same(Columns.objects.using(alias).order_by("pk"), Unmade)
+        assert_same(Columns.objects.using(alias).select_related("one").order_by("pk"), Unmade)
+        assert_same(Columns.objects.using(alias).order_by("pk").only("image", "slug"), Unmade)
+        assert_same(Measured.objects.using(alias).all(), list)
+
+
+def test_no_field_of_djangos_is_missing():
+    abstract = {models.Field, models.ForeignObject, models.ManyToManyField, models.CompositePrimaryKey}
+    classes = [each for each in vars(models).values() if isinstance(each, type) and issubclass(each, models.Field)]
+    djangos = {each for each in classes if each.system_check_removed_details is None}
+    compared = [*(queryset.model for queryset in MADE.values()), Columns, Measured]
+    kinds = {type(column) for model in compared for column in model._meta.concrete_fields}
+    assert djangos - abstract <= kinds
+
+
+def test_every_field_of_postgres(postgres):
+    from django.contrib.postgres.search import SearchVector
+    from django.db.backends.postgresql.psycopg_any import DateRange, DateTimeTZRange, NumericRange
+
+    from tests.testapp.postgres import Lists, Pairs, Spans
+
+    day, moment = datetime.date(2020, 1, 2), datetime.datetime(2020, 1, 2, tzinfo=datetime.UTC)
+    with connections[postgres].cursor() as cursor:
+        cursor.execute("SELECT FROM pg_available_extensions WHERE name = 'hstore'")
+        pairs = [Pairs] * len(cursor.fetchall())
+        if pairs:
+            cursor.execute("CREATE EXTENSION IF NOT EXISTS hstore")
+    with tables(postgres, Lists, Spans, *pairs):
+        Lists.objects.using(postgres).create(numbers=[1, None], days=[[day], [day]], keys=[uuid.UUID(int=5)])
+        Lists.objects.using(postgres).create(numbers=[], words=SearchVector(Value("a fat cat")))
+        Spans.objects.using(postgres).create(integers=NumericRange(1, 2))
+        Spans.objects.using(postgres).create(
+            integers=NumericRange(None, 5),
+            big=NumericRange(1, 2**40),
+            decimals=NumericRange(decimal.Decimal("1.5"), None),
+            days=DateRange(day, day),
+            moments=DateTimeTZRange(moment, None),
+        )
+        for kind in pairs:
+            kind.objects.using(postgres).create(pairs={"a": "1", "b": None})
+        for kind in (Lists, Spans, *pairs):
+            assert_same(kind.objects.using(postgres).order_by("pk"), Unmade)
+
+
+def test_fields_that_others_have_written(alias):
+    for package in ("model_utils", "django_countries"):
+        pytest.importorskip(package, reason=f"{package} is not installed")
+    from tests.testapp.others import Country, Monitored, Post, Tracked
+
+    with tables(alias, Country, Monitored, Post, Tracked):
+        Country.objects.using(alias).create(name="a", country="NZ", several=["AU", "NZ"])
+        Country.objects.using(alias).create(name="b", country="AU", maybe="NZ")
+        first = Post.objects.using(alias).create(text="short\n\n<!-- split -->\n\nlong")
+        Post.objects.using(alias).create(text="short", status="published", after=first)
+        Monitored.objects.using(alias).create(name="a")
+        tracked = Tracked.objects.using(alias).create(name="a", country="NZ")
+        Tracked.objects.using(alias).create(name="b", country="AU", after=tracked)
+        assert_same(Country.objects.using(alias).order_by("pk"), Unmade)
+        assert_same(Post.objects.using(alias).select_related("after").order_by("pk"), Unmade)
+        assert_same(Post.objects.using(alias).only("text").order_by("pk"), Unmade)
+        assert_same(Monitored.objects.using(alias).all(), list)
+        (changed,) = read(Monitored.objects.using(alias).all())
+        before, changed.name = changed.changed, "b"
+        changed.save()
+        assert changed.changed > before
+        assert isinstance(read(Tracked.objects.using(alias).all()), list)
+        for row in read(Tracked.objects.using(alias).select_related("after")):
+            row.name = "c"
+            assert list(row.tracker.changed()) == ["name"]
 
 
 class Mixin:
