@@ -142,13 +142,15 @@ class Plan:
         term, *others = self.keyset.terms
         if after is None or others or term.nullable or LOOKUP_SEP in term.path or identity_of(self.queryset):
             return self.keyset.part(rows(), after, until)
-        if (rows, until) not in self._made:
-            self._made[rows, until] = self.keyset.part(rows(), None, until)
-        return self._made[rows, until].filter(term.behind(after[0]))
+        made = next((made for *known, made in self._made if known == [rows, until]), None)
+        if made is None:
+            made = self.keyset.part(rows(), None, until)
+            self._made.append((rows, until, made))
+        return made.filter(term.behind(after[0]))
 
     @cached_property
-    def _made(self) -> dict[Any, Rows]:
-        return {}
+    def _made(self) -> list[tuple[Callable[[], Rows], Key | None, Rows]]:
+        return []  # no dict: a key may have a list in it
 
     def _ends(self) -> list[Key]:
         """Return the last key; before it the last one on the hither side of the NULLs, where a column may have them.

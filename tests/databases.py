@@ -203,3 +203,19 @@ def empty(alias: str, tables: list[str] | None = None) -> None:
                 cursor.execute("SET LOCAL lock_timeout = '20s'")
             for name in filled:
                 cursor.execute(f"DELETE FROM {name}")
+
+
+@contextmanager
+def tables(alias: str, *models: Any) -> Iterator[None]:
+    """Within: these models, which have no tables, have some on `alias`."""
+    from django.db import connections
+
+    with connections[alias].schema_editor() as editor:
+        for model in models:
+            editor.create_model(model)
+    try:
+        yield
+    finally:
+        with connections[alias].schema_editor() as editor:
+            for model in models:
+                editor.delete_model(model)

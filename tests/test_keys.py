@@ -14,6 +14,7 @@ from django.db.models.functions import Collate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.databases import tables
 from tests.functions import itself
 from tests.testapp.models import (
     Article,
@@ -124,9 +125,7 @@ def test_bytes(alias):
     """psycopg2 gives them as views of memory, which cannot travel: keys are bytes."""
     if alias == "mariadb":
         return
-    with connections[alias].schema_editor() as editor:
-        editor.create_model(ByBytes)
-    try:
+    with tables(alias, ByBytes):
         rows = ByBytes.objects.using(alias)
         rows.bulk_create(ByBytes(code=bytes([n % 5, 255 - n]), number=n) for n in range(30))
         expected = [bytes(row.code) for row in rows.order_by("pk")]
@@ -137,9 +136,6 @@ def test_bytes(alias):
         assert rows.order_by("pk").parallel_map(number_of, 2, chunk_size=4) == numbers
         assert rows.order_by("-number").parallel_map(number_of, 2, chunk_size=4) == list(range(29, -1, -1))
         assert [row.number for row in rows.order_by("number")[3:9].chunked_iterator(2)] == list(range(3, 9))
-    finally:
-        with connections[alias].schema_editor() as editor:
-            editor.delete_model(ByBytes)
 
 
 def number_of(row):
@@ -255,6 +251,17 @@ def test_a_table_that_is_locked_under_way(postgres):
         done.set()
         thread.join(WAIT)
     assert len(list(Place.objects.using(postgres).chunked_iterator(4))) == 20
+
+
+def test_keys_that_python_does_not_hash(postgres):
+    from tests.testapp.postgres import ByList
+
+    with tables(postgres, ByList):
+        rows = ByList.objects.using(postgres)
+        rows.bulk_create(ByList(code=[number % 3, number]) for number in range(25))
+        hold_by_key(rows, 4)
+        expected = [row.code for row in rows.order_by("pk")]
+        assert rows.order_by("pk").parallel_map(lambda row: row.code, threads=2, chunk_size=4) == expected
 
 
 @pytest.mark.parametrize("chunk_size", [10**12, 2**63, 10**30, None])

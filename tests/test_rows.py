@@ -13,7 +13,6 @@ import threading
 import uuid
 import weakref
 from collections.abc import Iterable
-from contextlib import contextmanager
 
 import pytest
 from django.core.exceptions import FieldError
@@ -30,6 +29,7 @@ from parallel_orm import collector, makers, rows
 from parallel_orm.errors import InvalidOption
 from parallel_orm.makers import is_plain
 from parallel_orm.rows import Unmade, listed, read
+from tests.databases import tables
 from tests.testapp.fields import Columns, Measured
 from tests.testapp.models import (
     Article,
@@ -266,20 +266,6 @@ def test_a_union_is_made_by_django(filled):
         lambda: union().values("name"),
     ):
         assert [parts(row) for row in read(rows_of())] == [parts(row) for row in rows_of()]
-
-
-@contextmanager
-def tables(alias, *kinds):
-    """Within: these models, which are on no database, have tables on this one."""
-    with connections[alias].schema_editor() as editor:
-        for kind in kinds:
-            editor.create_model(kind)
-    try:
-        yield
-    finally:
-        with connections[alias].schema_editor() as editor:
-            for kind in kinds:
-                editor.delete_model(kind)
 
 
 def assert_same(queryset, made_by):

@@ -5,6 +5,20 @@ from __future__ import annotations
 from django.contrib.postgres import fields, search
 from django.db import models
 
+from parallel_orm import ParallelManager
+
+
+class ByList(models.Model):
+    """Its key is one that Python does not hash."""
+
+    code = fields.ArrayField(models.IntegerField(), primary_key=True)
+
+    objects = ParallelManager()
+
+    class Meta:
+        app_label = "testapp"
+        managed = False
+
 
 class Lists(models.Model):
     numbers = fields.ArrayField(models.IntegerField())
