@@ -14,6 +14,7 @@ from django.db import connections
 from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.models import Aggregate, DecimalField, Model, QuerySet
 from django.db.models.expressions import Col, RawSQL
+from django.db.models.query import ModelIterable
 from django.db.models.sql import Query
 from django.db.models.sql.constants import INNER
 from django.utils.connection import ConnectionDoesNotExist
@@ -170,14 +171,20 @@ def refuse_uncuttable(verb: str, queryset: Rows) -> None:
 
 def _why_uncuttable(model: type[Model], query: Query, queryset: Rows) -> tuple[str, str] | None:
     if query.combinator:
-        if are_instances_of_one_table(query):
+        if are_instances_of_one_table(query) and queryset._iterable_class is ModelIterable:
             return None
         return (
             f"its rows are those of a {query.combinator}, and no whole instances of one model",
             "Give the querysets one by one, or filter with Q objects and | instead.",
         )
-    if any(annotation.contains_over_clause for annotation in query.annotations.values()):
+    where: Any = query.where
+    if where.contains_over_clause or any(each.contains_over_clause for each in query.annotations.values()):
         return WINDOW
+    if query.group_by == ():
+        return (
+            "its rows are groups by nothing that its columns tell",
+            "Group by columns, or loop over iterator().",
+        )
     meta = model._meta
     names = {"pk", meta.pk.name, meta.pk.attname}
     if taken := names.intersection([*query.annotations, *query.extra]):

@@ -153,7 +153,10 @@ class _Reader:
     def _place(self, expression: Any, *, by_name: bool) -> tuple[str, bool]:
         """Return the path of a column, or the name given to what is computed; and whether it may be NULL."""
         path: Any = expression.name if type(expression) is F else None  # type: ignore[attr-defined]  # not a slice of one
-        if path is not None and column_name(self.model, path) == "pk":
+        pk: Any = self.model._meta.pk
+        # The name of a relation stands for the ordering of what it leads to, as _column() finds.
+        is_ordering = by_name and path == pk.name != pk.attname and pk.related_model._meta.ordering
+        if path is not None and column_name(self.model, path) == "pk" and not is_ordering:
             return "pk", False
         if path in self.query.extra:
             raise NotAKeyset(f"{path!r} comes from extra(select=...)")
@@ -168,6 +171,8 @@ class _Reader:
         self._refuse_what_does_not_come_back(path or type(expression).__name__, resolved)
         if path in self.query.annotation_select and not path.endswith("_"):
             return path, True
+        if resolved.contains_aggregate:  # of groups: its name is selected, or else groups them otherwise
+            raise NotAKeyset(f"{path or type(expression).__name__!r} is an aggregate that is not selected")
         name = f"parallel_orm_{len(self.computed)}"
         self.computed = (*self.computed, (name, expression))
         return name, True

@@ -12,6 +12,7 @@ from django.db import connections, transaction
 from django.db.models import Avg, Count, Exists, F, FloatField, Max, OuterRef, Prefetch, Sum, Window
 from django.db.models.expressions import RawSQL
 from django.db.models.functions import Cast, Lower, Power, Random, RowNumber, TruncHour, Upper
+from django.db.models.lookups import GreaterThanOrEqual
 
 from parallel_orm import ParallelQuerySet, errors
 from parallel_orm.ordering import is_random
@@ -405,3 +406,32 @@ def test_content_types_are_walked_as_any_model(default):
     """A model of Django's own, by a queryset that is made for it."""
     queryset = ParallelQuerySet(ContentType, using=default)
     assert list(queryset.chunked_iterator(2)) == list(ContentType.objects.using(default).order_by("pk"))
+
+
+def test_what_only_django_can_cut_is_refused(default):
+    """Each came out with other rows than list() has."""
+    authors, articles = Author.objects.using(default), Article.objects.using(default)
+    window = Window(RowNumber(), partition_by="born", order_by="name")
+    refused = [
+        articles.filter(rank=1).union(articles.filter(rank=2)).values_list("rank"),
+        articles.filter(rank=1).union(articles.filter(rank=2)).values("name"),
+        authors.extra(select={"year": "born"}).values("year").annotate(Count("pk")).order_by("year"),
+        authors.values("born").alias(n=Count("born")).order_by("n"),
+        authors.values("born").annotate(n=Count("born")).values("born").order_by("n"),
+        authors.filter(GreaterThanOrEqual(window, 2)),
+    ]
+    for queryset in refused:
+        with pytest.raises(errors.UnsupportedQuerySet):
+            queryset.chunked_iterator(2)
+        with pytest.raises(errors.UnsupportedQuerySet):
+            queryset.parallel_map(str, threads=1)
+
+
+def test_the_link_to_a_parent_stands_for_its_ordering(default):
+    for name in ("c", "a", "b", "d"):
+        Restaurant(name=name).save(using=default)
+    restaurants = Restaurant.objects.using(default)
+    for order in ("place_ptr", "-place_ptr", "place_ptr_id", "-pk"):
+        queryset = restaurants.order_by(order)
+        assert list(queryset.chunked_iterator(2)) == list(queryset)
+        assert queryset.parallel_map(lambda row: row.pk, threads=1, chunk_size=2) == [row.pk for row in queryset]
