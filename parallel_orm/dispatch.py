@@ -27,6 +27,8 @@ class Window:
 
     def __init__(self, size: int, workers: int = 1) -> None:
         self.size, self.workers, self.out = size, workers, 0
+        #: Has the places that are free taken again.
+        self.refill: Callable[[], object] | None = None
 
     @property
     def has_room(self) -> bool:
@@ -36,7 +38,10 @@ class Window:
         self.out += 1
 
     def release(self) -> None:
+        """Give a place back, which the next task gets at once."""
         self.out -= 1
+        if self.refill is not None:
+            self.refill()
 
 
 class Supply:
@@ -99,17 +104,22 @@ def dispatch(
     """
     landed: SimpleQueue[Future[Outcome]] = SimpleQueue()
     flying: dict[Future[Outcome], Chunk] = {}
+
+    def fill() -> None:
+        while window.has_room:
+            with gate:  # cutting asks the database, while the worker for the last chunk may be forked
+                chunk = supply.take(window.workers - len(flying))
+            if chunk is None:
+                break
+            future = send(chunk)
+            flying[future] = chunk
+            window.take()
+            future.add_done_callback(landed.put)
+
+    window.refill = fill
     try:
         while True:
-            while window.has_room:
-                with gate:  # cutting asks the database, while the worker for the last chunk may be forked
-                    chunk = supply.take(window.workers - len(flying))
-                if chunk is None:
-                    break
-                future = send(chunk)
-                flying[future] = chunk
-                window.take()
-                future.add_done_callback(landed.put)
+            fill()
             if not flying:
                 return
             future = landed.get()
@@ -124,6 +134,7 @@ def dispatch(
         flying.clear()  # whoever owns the workers ends them
         raise
     finally:
+        window.refill = None
         wait([future for future in flying if not future.cancel()])
 
 

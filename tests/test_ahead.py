@@ -236,7 +236,9 @@ def test_an_answer_waits_with_the_driver(articles, postgres, heard, monkeypatch,
         assert ranks == list(range(500))
         assert heard.counts == {"started": 4, "finished": 4, "failed": 0}
         here = [thread == threading.get_ident() for thread in fetched]
-        expected = {"kept open": [True] * 5, "closed meanwhile": [True] * 9, "closed at once": [True] + [False] * 4}
-        assert here == expected[connection]
+        # psycopg 3 needs no connection to make tuples of an answer.
+        again = 4 * (connections[postgres].Database.__name__ == "psycopg2")
+        expected = {"kept open": [True] * 5, "closed at once": [True] + [False] * 4}
+        assert here == expected.get(connection, [True] * (5 + again))
     finally:
         lender.close_idle()

@@ -162,6 +162,30 @@ def test_results_are_let_go_when_they_are_passed_on(articles):
     stream.close()
 
 
+def test_a_place_is_taken_again_while_others_wait_to_be_passed_on():
+    """Chunks that wait for the caller keep no worker waiting: here the first one to come back is the last."""
+    futures: list[Future[Outcome]] = []
+
+    def send(chunk):
+        futures.append(future := Future())
+        if len(futures) == 3:
+            for number in (2, 1, 0):
+                futures[number].set_result(Outcome(Chunk(number, "default"), [number], rows=1))
+        return future
+
+    window = Window(3)
+    supply = Supply((Chunk(n, "default") for n in range(9)), Pace(1), lambda chunk, rows: (chunk, None))
+    outcomes = dispatch(supply, send, window)
+    lists = gather.streamed(outcomes, window, supply, ordered=True)
+    assert [next(lists), len(futures)] == [[0], 3]
+    assert [next(lists), len(futures)] == [[1], 4]
+    assert [next(lists), len(futures)] == [[2], 5]
+    for future in futures[3:]:
+        future.set_result(Outcome(Chunk(0, "default")))
+    lists.close()
+    outcomes.close()
+
+
 def test_a_chunk_has_its_place_until_the_caller_comes_for_the_next():
     window = Window(4)
     window.take()
