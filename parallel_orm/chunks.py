@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from django.db.models import Model, QuerySet
 
+from parallel_orm.blocks import in_blocks
 from parallel_orm.errors import UnsupportedQuerySet
 from parallel_orm.keyset import carried
 
 if TYPE_CHECKING:
+    from parallel_orm.blocks import Blocks
     from parallel_orm.keyset import Key, Keyset
 
 Rows = TypeVar("Rows", bound="QuerySet[Any, Any]")
@@ -19,7 +21,7 @@ Rows = TypeVar("Rows", bound="QuerySet[Any, Any]")
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Rows that are worked on together: an interval of keys, or a list of them, or all.
+    """Rows that are worked on together: an interval of keys, or a list of them, or blocks of the table, or all.
 
     Chunks of one plan are disjoint and their union is the queryset.
     """
@@ -34,6 +36,8 @@ class Chunk:
     until: Key | None = None
     #: The primary keys of the rows, instead of an interval.
     keys: tuple[Any, ...] | None = None
+    #: The blocks of the table that the rows lie in, instead of an interval.
+    blocks: Blocks | None = None
     #: No more rows than this; those that are left come back as another chunk.
     limit: int | None = None
     #: Which part of a chunk this is that has come apart. Parts compare as their rows stand.
@@ -51,12 +55,14 @@ class Chunk:
     @property
     def is_whole(self) -> bool:
         """Whether it says nothing, and so is all of the queryset."""
-        return self.after is None and self.until is None and self.keys is None
+        return self.after is None and self.until is None and self.keys is None and self.blocks is None
 
     def narrow(self, queryset: Rows, keyset: Keyset | None) -> Rows:
         """Return the part of ``queryset`` that is this chunk, in the order of ``keyset``, or of the queryset."""
         if self.keys is not None:
             return queryset.filter(pk__in=self.keys)
+        if self.blocks is not None:
+            return in_blocks(queryset, self.blocks)
         if keyset is None:
             return queryset
         narrowed = keyset.part(queryset, self.after, self.until)
@@ -70,11 +76,11 @@ class Chunk:
     def left(self, rows: list[Any], last: Key, key_of: Callable[[Any], Key]) -> Chunk:
         """Return the part that is left when the row of the key ``last`` is done: ``rows``, as they were read.
 
-        Of an interval it is all that stands behind that key, of a list the keys of these rows.
+        Of an interval it is all that stands behind that key, of a list or of blocks the keys of these rows.
         """
         self._refuse_standstill(last)
         rest = replace(self, part=behind(self.part), rows=len(rows))
-        if self.keys is None:
+        if self.keys is None and self.blocks is None:
             return replace(rest, after=carried(last))
         return replace(rest, keys=tuple(carried(key_of(row))[0] for row in rows))
 
@@ -94,6 +100,8 @@ class Chunk:
         """Say which rows these are: ``chunk 3 (behind 2000 and up to 3000)``."""
         if self.keys is not None:
             span = f"{len(self.keys)} keys from {self.keys[0]!r} to {self.keys[-1]!r}"
+        elif self.blocks is not None:
+            span = f"blocks {self.blocks[0]} to {self.blocks[1] - 1}"
         else:
             parts = [
                 word + " " + ", ".join(repr(value) for value in key)

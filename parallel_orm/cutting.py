@@ -60,6 +60,18 @@ def by_keys(alias: str, keys: Sequence[Any], size: Callable[[], int]) -> Iterato
         start, index = start + len(run), index + 1
 
 
+def by_blocks(alias: str, number: int, size: Callable[[], int], jump: Callable[[int, int], int]) -> Iterator[Chunk]:
+    """Cut a table of so many blocks into runs with ``size()`` rows at most, or of one block.
+
+    ``jump(first, rows)`` returns the block that has the row so many rows behind the beginning of the block ``first``.
+    """
+    first = index = 0
+    while first < number:
+        end = min(max(jump(first, size()), first + 1), number)
+        yield Chunk(index=index, alias=alias, blocks=(first, end))
+        first, index = end, index + 1
+
+
 def in_two(chunk: Chunk, rows: int, jump: Jump) -> tuple[Chunk, Chunk | None]:
     """Cut a chunk behind its first ``rows`` rows, in the same way as it was cut; None: it has no more than these."""
     if chunk.keys is not None:

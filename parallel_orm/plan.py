@@ -5,6 +5,7 @@
     ranges               the default: half-open intervals between keys found by keyset jumps, lazily
     keys                 slices, unions, orders that are no keyset, and maps in an order other than the primary key's:
                          a list of primary keys
+    blocks               maps of a whole table as of one moment, in any order, where its rows do not lie as their keys
 
 What cannot be cut truthfully is refused in ``guards``.
 """
@@ -23,6 +24,7 @@ from django.db.models.expressions import CombinedExpression, Value
 from django.db.models.sql import Query
 
 from parallel_orm import cutting, errors, guards
+from parallel_orm.blocks import block_of_row, heap_of, in_blocks, is_one_table
 from parallel_orm.chunks import Chunk
 from parallel_orm.explain import Access, access_of, has_index_for
 from parallel_orm.identity import identity_of, is_grouped
@@ -35,7 +37,7 @@ from parallel_orm.session import NOTHING, Session
 from parallel_orm.task import Apply, Job, Task, Work, at
 
 Rows = QuerySet[Any, Any]
-Cut = Literal["pages", "ranges", "keys"]
+Cut = Literal["pages", "ranges", "keys", "blocks"]
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,10 @@ class Plan:
     session: Session = NOTHING
     #: Whether all of it is read as of one moment.
     consistent: bool = False
+    #: Whether blocks would do as well as ranges. The database is asked which are faster, when chunks are taken.
+    may_be_blocks: bool = False
+    #: How many blocks there are, for a cut by them.
+    blocks: int = 0
     #: Seconds that a chunk of a map is to take at most; None: as long as it takes.
     target_seconds: float | None = None
     alias: str = ""
@@ -87,16 +93,32 @@ class Plan:
 
     def chunks(self, pace: Pace | None = None) -> Iterator[Chunk]:
         """Yield the chunks, lazily: each query for a bound is made when its chunk is taken, as large as it is then."""
+        if self.may_be_blocks:
+            yield from self.settled().chunks(pace)
+            return
         pace = pace or self.pace()
         if self.cut == "keys":
-            most = guards.most_keys(guards.connection_for(self.alias)) or sys.maxsize
+            most = self._most_keys()
             yield from cutting.by_keys(self.alias, self._list_keys(), lambda: min(pace.rows, most))
+        elif self.cut == "blocks":
+            most = self._most_keys()  # what is left of a chunk is a list of them
+            yield from cutting.by_blocks(self.alias, self.blocks, lambda: min(pace.rows, most), self._jump_blocks)
         elif self.cut == "pages":
             assert self.keyset is not None
             ends = self._ends() if self.keyset.terms[0].nullable else [None]
             yield from cutting.by_pages(self.alias, ends, self.chunk_size)
         else:
             yield from cutting.by_jumps(self.alias, self._ends(), lambda: pace.rows, self._jump)
+
+    def settled(self) -> Plan:
+        """Return the plan that will be followed: by blocks if they would do, and are faster. Asks the database."""
+        if not self.may_be_blocks:
+            return self
+        settled, heap = replace(self, may_be_blocks=False), heap_of(self.alias, self.queryset.model)
+        if heap is None or abs(heap.correlation) > IN_ORDER:
+            return settled
+        why = f"rows do not lie in the order of the primary key (correlation {heap.correlation:.2f}), and need no order"
+        return replace(settled, cut="blocks", why=why, blocks=heap.blocks)
 
     def in_two(self, chunk: Chunk, rows: int) -> tuple[Chunk, Chunk | None]:
         """Cut a chunk behind its first ``rows`` rows; None: it has no more. One query for a range."""
@@ -176,6 +198,15 @@ class Plan:
             )
         return key
 
+    def _jump_blocks(self, first: int, rows: int) -> int:
+        """Return the block that has the row so many rows behind the beginning of ``first``; or where to look again."""
+        end = first + rows  # no more blocks than rows, so that a look is not long where few have any
+        found = block_of_row(in_blocks(self._bare(), (first, end)), rows)
+        return end if found is None else found
+
+    def _most_keys(self) -> int:
+        return guards.most_keys(guards.connection_for(self.alias)) or sys.maxsize
+
     def _list_keys(self) -> Sequence[Any]:
         keys = compact(self._listing())
         if self.may_repeat and len(set(keys)) != len(keys):
@@ -204,6 +235,8 @@ class Plan:
         """How the database comes by one chunk; by the list, of a cut by keys. Asks it."""
         if self.cut == "keys":
             return access_of(self._listing())
+        if self.cut == "blocks":
+            return access_of(in_blocks(self._bare(), (0, 1)))
         return access_of(self._second_chunk(*self._outer_keys()))
 
     @property
@@ -251,6 +284,8 @@ class Plan:
 
     def __str__(self) -> str:
         """Tell all of it. Asks the database for its estimates, at the time of this call."""
+        if self.may_be_blocks:
+            return str(self.settled())
         terms = [] if self.keyset is None else self.keyset.terms
         names = dict(self.keyset.computed) if self.keyset else {}
         order = ", ".join(("-" if term.descending else "") + str(names.get(term.path, term.path)) for term in terms)
@@ -259,7 +294,7 @@ class Plan:
             f"Plan for {self.queryset.model._meta.label} on {self.alias!r}",
             f"  cut:      {self.cut} of {self.chunk_size} rows",
             f"  why:      {self.why}",
-            f"  order:    {order or 'its own'}",
+            f"  order:    {'none' if self.cut == 'blocks' else order or 'its own'}",
             f"  expected: {rows} rows in {-(-rows // self.chunk_size)} chunks",
             f"  index:    {', '.join(access.indexes) or 'none'}{', and a sort' if access.sorts else ''}",
             f"  fallback: {self.fallback}",
@@ -276,10 +311,13 @@ class Plan:
 FALLBACKS: dict[Cut, str] = {
     "pages": "ranges, where rows do not bring their key: one look-up of a bound more a chunk",
     "ranges": "a list of primary keys, where an order cannot be compared column by column",
+    "blocks": "ranges, where rows lie in the order of their keys, or nothing is known of that",
     "keys": "none: what cannot be listed by primary key is refused",
 }
 #: What a list of keys knows of a row.
 ROW = Keyset((Term("pk"),))
+#: The correlation of a primary key with where its rows lie from which on it leads to them as fast as they are read.
+IN_ORDER = 0.9
 #: The share of a range of integer keys below which it is worth a warning.
 FULL = 0.5
 
@@ -347,9 +385,13 @@ def plan_map(verb: str, queryset: Rows, options: Options) -> Plan:
     inline, session = guards.where_to_map(verb, queryset)
     guards.refuse_locks(verb, queryset)
     plan = _cut_map(verb, queryset, options, inline, session)
+    consistent = options.consistent and inline != "testcase"
+    # A block may have more rows than a number that somebody chose.
+    free = not (options.ordered or options.has_chunk_size)
     return replace(
         plan,
-        consistent=options.consistent and inline != "testcase",
+        consistent=consistent,
+        may_be_blocks=consistent and free and plan.cut == "ranges" and is_one_table(queryset),
         key_of=None if options.batched else _reader_for(plan),
         # In this process nobody is idle meanwhile, and the same queries are made each time.
         target_seconds=None if inline else from_settings().TARGET_SECONDS,

@@ -649,7 +649,9 @@ class ParallelQuerySet(_Startable, QuerySet[M, Row]):
         reduced: Result = await sync_to_async(self.parallel_reduce)(fn, *args, **kwargs)
         return reduced
 
-    def explain_plan(self, chunk_size: int | None = None, *, ordered: bool = True, walk: bool = False) -> Plan:
+    def explain_plan(
+        self, chunk_size: int | None = None, *, ordered: bool = True, consistent: bool = False, walk: bool = False
+    ) -> Plan:
         """Return the plan that :meth:`parallel_map` would follow; ``str()`` of it tells how it is cut, and why.
 
         ``print(queryset.explain_plan())`` tells the cut and the reason for it, how many chunks and rows the database
@@ -657,9 +659,11 @@ class ParallelQuerySet(_Startable, QuerySet[M, Row]):
         index, or where chunks may come out uneven. This call makes no query; ``str()`` of the plan makes a few quick
         ones (on SQLite a count). Raises what ``parallel_map`` would.
 
+        :param consistent: as for ``parallel_map``; with ``ordered=False``, ``str()`` asks whether blocks of the table
+            are faster than ranges.
         :param walk: return that of :meth:`chunked_iterator` instead.
         """
-        options = Options(chunk_size=chunk_size, ordered=ordered)
+        options = Options(chunk_size=chunk_size, ordered=ordered, consistent=consistent)
         return plan_walk(self, options, "explain_plan") if walk else plan_map("explain_plan", self, options)
 
 

@@ -212,6 +212,23 @@ def test_what_is_left_is_as_of_the_same_moment(postgres, on):
         articles.bulk_create(Article(name="old", rank=n) for n in range(20))
 
 
+def test_what_is_left_of_blocks_is_as_of_the_same_moment(postgres, on, monkeypatch):
+    """Known by its keys, as rows do not bring their place."""
+    monkeypatch.setattr("parallel_orm.plan.IN_ORDER", 2)
+    rows = ByUuid.objects.using(postgres)
+    rows.bulk_create(ByUuid(number=n) for n in range(20))
+    with connections[postgres].cursor() as cursor:
+        cursor.execute("ANALYZE testapp_byuuid")
+
+    def rewrite(row):
+        ByUuid.objects.using(row._state.db).filter(number__gt=15).delete()
+        ByUuid.objects.using(row._state.db).update(number=-1)
+        return row.number
+
+    assert rows.explain_plan(ordered=False, consistent=True).settled().cut == "blocks"
+    assert sorted(in_parts(rows, on, rewrite, None, ordered=False, consistent=True)) == list(range(20))
+
+
 @pytest.mark.parametrize("order", ["pk", "-rank"])
 def test_an_idle_worker_does_half_of_what_the_straggler_has_left(default, on, order):
     """All rows are in one chunk, and each but the first meets one of the other half: alone nobody ends any of them."""

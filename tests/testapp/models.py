@@ -125,6 +125,19 @@ class ByBytes(models.Model):
         managed = False
 
 
+class Shelf(models.Model):
+    """Has whatever table a test makes for it, in another schema."""
+
+    id = models.UUIDField(primary_key=True, default=uuid.uuid4)
+    text = models.TextField(default="")
+
+    objects = ParallelManager()
+
+    class Meta:
+        managed = False
+        db_table = 'away"."shelf'
+
+
 class Diary(models.Model):
     """Its key is a foreign key to a foreign key."""
 
