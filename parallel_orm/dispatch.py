@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from bisect import insort
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, wait
@@ -9,8 +10,9 @@ from dataclasses import replace
 from queue import SimpleQueue
 
 from parallel_orm.chunks import Chunk
-from parallel_orm.errors import WorkerDied
+from parallel_orm.errors import WorkerDied, left_in_parent
 from parallel_orm.forks import gate
+from parallel_orm.leaving import may_wait
 from parallel_orm.outcomes import Outcome
 from parallel_orm.pace import Pace
 
@@ -104,8 +106,11 @@ def dispatch(
     """
     landed: SimpleQueue[Future[Outcome]] = SimpleQueue()
     flying: dict[Future[Outcome], Chunk] = {}
+    process = os.getpid()
 
     def fill() -> None:
+        if os.getpid() != process:
+            raise left_in_parent(label)
         while window.has_room:
             with gate:  # cutting asks the database, while the worker for the last chunk may be forked
                 chunk = supply.take(window.workers - len(flying))
@@ -135,7 +140,10 @@ def dispatch(
         raise
     finally:
         window.refill = None
-        wait([future for future in flying if not future.cancel()])
+        if os.getpid() == process:  # else they are the parent's
+            begun = [future for future in flying if not future.cancel()]
+            if may_wait(process):
+                wait(begun)
 
 
 def outcome_of(future: Future[Outcome], chunk: Chunk, label: str) -> Outcome:

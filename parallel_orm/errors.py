@@ -252,6 +252,13 @@ def result_not_picklable(function: str, error: BaseException) -> NotPicklable:
     )
 
 
+def left_in_parent(label: str) -> ParallelORMError:
+    return ParallelORMError(
+        f"This process was forked while results of {label} were under way, whose workers are the parent's. Take the "
+        "results in the parent, or begin in the child."
+    )
+
+
 def daemon_has_no_children() -> ParallelORMError:
     return ParallelORMError(
         "This process is a daemonic multiprocessing worker, which may have no child processes. Use threads=, or start "

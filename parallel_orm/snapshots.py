@@ -7,6 +7,7 @@ their rows in transactions that take the snapshot over.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -63,7 +64,7 @@ def snapshot_of(alias: str, session: Session, *, wanted: bool) -> Iterator[Snaps
     if not wanted:
         yield Snapshot()
         return
-    wrapper = connections.create_connection(alias)
+    wrapper, process = connections.create_connection(alias), os.getpid()
     wrapper.inc_thread_sharing()
     try:
         wrapper.ensure_connection()
@@ -77,4 +78,5 @@ def snapshot_of(alias: str, session: Session, *, wanted: bool) -> Iterator[Snaps
             pass  # what is set for a transaction stays to its end
         yield snapshot
     finally:
-        close_quietly(wrapper)
+        if os.getpid() == process:  # else it is the parent's
+            close_quietly(wrapper)

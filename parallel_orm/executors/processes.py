@@ -37,6 +37,7 @@ import cloudpickle
 from parallel_orm.connections import lender, rest, under_test
 from parallel_orm.errors import WorkerDied, WorkerTraceback, daemon_has_no_children
 from parallel_orm.forks import gate
+from parallel_orm.leaving import THREADS, may_wait
 from parallel_orm.outcomes import PackedError, pack, pack_error
 from parallel_orm.task import Parcel
 
@@ -107,15 +108,16 @@ class ProcessPool(Executor):
                 raise
         return call.future
 
-    def rest(self) -> None:
-        """Have every worker that is at rest give its connections back; return when they have."""
+    def rest(self, *, wait: bool = True) -> None:
+        """Have every worker that is at rest give its connections back; return when they have, or do not wait."""
         rested: Future[None] = Future()
         with self._lock:
             if self._manager is None:
                 return
             self._resting.append(rested)
             self._wake()
-        rested.result()
+        if wait:
+            rested.result()
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         self._end("shutdown", wait=wait, cancel_futures=cancel_futures)
@@ -144,7 +146,7 @@ class ProcessPool(Executor):
         """Make the manager look at its inbox, or start it. With the lock held."""
         if self._manager is None:
             # A daemon: the interpreter may end while workers idle; end_pools() below has then seen to them.
-            manager = threading.Thread(target=self._manage, name="parallel_orm-manager", daemon=True)
+            manager = threading.Thread(target=self._manage, name=f"{THREADS}manager", daemon=True)
             manager.start()  # which may fail: no threads are left, or the interpreter is ending
             self._manager = manager
         elif not self._woken:  # once is enough, and a pipe that nobody reads just now fills up
@@ -442,6 +444,7 @@ def process_pool(size: int, start_method: str) -> Iterator[ProcessPool]:
         pool = _pools.get((size, start_method))
         if pool is None:
             pool = _pools[size, start_method] = ProcessPool(size, start_method)
+    process = os.getpid()
     try:
         yield pool
     except KeyboardInterrupt as interrupt:
@@ -452,7 +455,8 @@ def process_pool(size: int, start_method: str) -> Iterator[ProcessPool]:
         pool.kill()
         raise
     finally:
-        pool.rest()
+        if os.getpid() == process:  # else the workers are the parent's
+            pool.rest(wait=may_wait(process))
 
 
 def end_pools() -> None:

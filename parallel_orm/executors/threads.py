@@ -6,11 +6,13 @@ import atexit
 import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from queue import SimpleQueue
 from time import monotonic
 
+from parallel_orm.leaving import THREADS, may_wait
 from parallel_orm.options import from_settings
 
 #: Seconds that the end of the interpreter waits for calls that are still running, which have been cancelled by then.
@@ -86,7 +88,7 @@ class BackgroundThreads:
             thread.join(max(0.0, end - monotonic()))
 
     def _start_one(self) -> None:
-        name = f"parallel_orm-read_{len(self._threads)}"
+        name = f"{THREADS}read_{len(self._threads)}"
         thread = threading.Thread(target=self._work, name=name, daemon=True)
         try:
             thread.start()
@@ -129,9 +131,14 @@ def background_threads() -> BackgroundThreads:
         return _pool
 
 
-def call_threads(number: int) -> ThreadPoolExecutor:
-    """Return a pool for one map. Its threads are its own, so that a long map does not keep a page's reads waiting."""
-    return ThreadPoolExecutor(number, thread_name_prefix="parallel_orm-map")
+@contextmanager
+def call_threads(number: int) -> Iterator[ThreadPoolExecutor]:
+    """Have a pool for one map. Its threads are its own, so that a long map does not keep a page's reads waiting."""
+    threads, process = ThreadPoolExecutor(number, thread_name_prefix=f"{THREADS}map"), os.getpid()
+    try:
+        yield threads
+    finally:
+        threads.shutdown(wait=may_wait(process))
 
 
 def _leave() -> None:
