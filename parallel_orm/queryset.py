@@ -13,7 +13,7 @@ from django.db.models import Model, QuerySet, prefetch_related_objects
 from django.db.models.query import RawQuerySet
 from django.db.models.sql import Query
 
-from parallel_orm import errors, gather
+from parallel_orm import errors, gather, guards
 from parallel_orm.background import NOTHING_STARTED, Background, Pending, start_read
 from parallel_orm.bonds import as_of_now
 from parallel_orm.keeping import Combined, nothing
@@ -521,9 +521,11 @@ class ParallelQuerySet(_Startable, QuerySet[M, Row]):
         worker whose results wait: the workers wait for a slow caller. ``ordered=True``: in the order of the queryset,
         so a slow chunk keeps those behind it waiting, which are as few. ``ordered=False``: as chunks come in.
 
-        What it may ask and refuses is decided by this call, arguments are as those of ``parallel_map``, and so are
-        exceptions, which come in the place of their chunk where ``ordered``. To leave it half-way sees to the end what
-        is under way: take it ``with``, or ``close()`` it, to have that done at a known time.
+        What it may ask and refuses is decided by this call; the first ``next()`` refuses a transaction that has written
+        meanwhile. What a transaction writes in the loop the workers do not see, and may wait for without end. Arguments
+        are as those of ``parallel_map``, and so are exceptions, which come in the place of their chunk where
+        ``ordered``. To leave it half-way sees to the end what is under way: take it ``with``, or ``close()`` it, to
+        have that done at a known time.
 
         :returns: an iterator with a ``report`` of what was done so far, to be used by one thread.
         """
@@ -542,6 +544,8 @@ class ParallelQuerySet(_Startable, QuerySet[M, Row]):
         report.reason = plan.inline
 
         def lists() -> Generator[list[Result]]:
+            if plan.inline is None:
+                guards.where_to_map(verb, plan.queryset)  # refuses what was written since the call
             with mapping(plan, work, options, report) as run:
                 yield from gather.streamed(run.outcomes, run.window, run.supply, ordered=options.ordered)
 

@@ -101,10 +101,15 @@ class Apply:
         take, kept = self.keep()
         function, skip_none, skipped = self.function, self.skip_none, 0
         if self.batched:
+            keys = " to ".join(map(key_of_row, fetched[:1] + fetched[1:][-1:]))  # before the function changes them
             with clock("function"):
-                if fetched and not ((result := function(fetched)) is None and skip_none):
-                    take(result)
-                    return Done(kept, number)
+                try:
+                    if fetched and not ((result := function(fetched)) is None and skip_none):
+                        take(result)
+                        return Done(kept, number)
+                except BaseException as error:
+                    note(error, f"at its batch of {number} rows, primary keys {keys}")
+                    raise
             return Done(kept, number, skipped=number and 1)
         now, end, done = perf_counter, inf, 0
         # The key of the row at hand, if it was read before the function had the row, which may change it. That is so
@@ -235,8 +240,10 @@ class Parcel:
         try:
             data = dumps(job)
         except Exception as error:
-            if isinstance(job.work, Apply) and not _is_picklable(job.work):
-                raise errors.function_not_picklable(job.work.function, error) from error
+            if isinstance(job.work, Apply):
+                for function in (job.work.function, getattr(job.work.keep, "combine", None)):
+                    if not _is_picklable(function):
+                        raise errors.function_not_picklable(function, error) from error
             raise errors.queryset_not_picklable(job.label, error) from error
         return cls(dumps(World.of_caller()), data)
 

@@ -13,7 +13,7 @@ from concurrent.futures import Future
 
 import pytest
 from asgiref.sync import sync_to_async
-from django.db import connections, models
+from django.db import connections, models, transaction
 from django.db.models.functions import RowNumber
 from django.test import TestCase, override_settings
 from django.test.utils import CaptureQueriesContext
@@ -94,6 +94,14 @@ def test_it_refuses_where_it_is_called(articles):
         articles.annotate(n=models.Window(RowNumber())).parallel_imap(functions.rank)
     with pytest.raises(errors.InvalidOption, match="chunk_size"):
         articles.parallel_imap(functions.rank, chunk_size=0)
+
+
+def test_it_refuses_what_was_written_since_the_call(articles, alias):
+    """Bounds are looked up where the write is seen, and rows read where it is not."""
+    stream = articles.parallel_imap(functions.rank, threads=2, chunk_size=7)
+    with transaction.atomic(using=alias), pytest.raises(errors.TransactionRefused, match=r"parallel_imap\(\)"):
+        articles.filter(rank__gt=20).delete()
+        next(stream)
 
 
 @pytest.mark.parametrize("ordered", [True, False])
@@ -303,6 +311,16 @@ def test_one_value_a_chunk_travels(articles):
     assert len(combined) == 39
 
 
+def test_the_one_that_cannot_travel_is_named(articles):
+    lock = threading.Lock()
+
+    def combine(one, other):
+        return one if lock else other
+
+    with pytest.raises(errors.NotPicklable, match="combine"):
+        articles.parallel_reduce(functions.rank, combine, processes=1)
+
+
 def test_falsy_values_are_values(articles, on):
     assert articles.parallel_reduce(functions.zero, operator.add, chunk_size=7, **on) == 0
     assert articles.parallel_reduce(functions.nothing, functions.first, chunk_size=7, **on) is None
@@ -330,6 +348,19 @@ def test_a_batch_is_a_list_of_rows(articles, on):
     assert articles.parallel_each(functions.raise_scores, chunk_size=30, batched=True, **on).rows == 40
     assert sorted(articles.values_list("score", flat=True)) == [1000 + n for n in range(40)]
     assert articles.filter(rank=-1).parallel_map(functions.ranks, batched=True, **on) == []
+
+
+def test_an_error_names_the_rows_of_its_batch(articles, on):
+    keys = [row.pk for row in articles]
+
+    def fail(rows):
+        rows.clear()
+        raise ValueError
+
+    for size, expected in ((7, f"7 rows, primary keys {keys[0]} to {keys[6]}"), (1, f"1 rows, primary keys {keys[0]}")):
+        with pytest.raises(ValueError) as raised:
+            next(articles.parallel_imap(fail, chunk_size=size, batched=True, **on))
+        assert f"parallel_orm: at its batch of {expected}" in raised.value.__notes__
 
 
 def test_nones_are_kept_or_left_out(articles, on):
