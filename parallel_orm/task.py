@@ -135,7 +135,8 @@ class Apply:
                     elif key_of is not None and done < number:
                         last = key_of(fetched[done])
             except BaseException as error:
-                note(error, f"at row {done} of its chunk, primary key {key_of_row(fetched[done])}")
+                if done < number:  # else it was interrupted behind the last one
+                    note(error, f"at row {done} of its chunk, primary key {key_of_row(fetched[done])}")
                 raise
         left = fetched[done:]
         if not left or last is None or key_of is None:

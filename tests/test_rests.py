@@ -180,6 +180,19 @@ def test_a_chunk_is_worked_on_for_as_long_as_it_was_read(default, monkeypatch, r
     assert (left.after, left.until, left.rows) == ((keys[done - 1],), (keys[-1],), 12 - done)
 
 
+def test_ctrl_c_behind_the_last_row_stays_ctrl_c(default, monkeypatch):
+    looks = itertools.count(1)
+
+    def now():
+        if next(looks) == 12:
+            raise KeyboardInterrupt
+        return 0.0
+
+    monkeypatch.setattr("parallel_orm.task.perf_counter", now)
+    with pytest.raises(KeyboardInterrupt):
+        Apply(functions.rank).part(some(default), Stopwatch(), Chunk(0, default), None)
+
+
 @pytest.mark.parametrize("order", ["pk", "rank"])
 def test_rows_that_come_and_go_under_way(default, monkeypatch, order):
     """What is left is read anew: rows that are gone do not come, others come once, and those behind the end never."""
