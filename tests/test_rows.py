@@ -324,8 +324,9 @@ def test_every_field_of_postgres(postgres):
             days=DateRange(day, day),
             moments=DateTimeTZRange(moment, None),
         )
-        for kind in pairs:
-            kind.objects.using(postgres).create(pairs={"a": "1", "b": None})
+        if pairs:
+            with connections[postgres].cursor() as cursor:  # in Python only where the driver was told of the type
+                cursor.execute("INSERT INTO testapp_pairs (pairs) VALUES ('a => 1, b => NULL')")
         for kind in (Lists, Spans, *pairs):
             assert_same(kind.objects.using(postgres).order_by("pk"), Unmade)
 
