@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import closing
+from collections.abc import Callable, Iterable, Iterator
 from heapq import heappop, heappush
 from itertools import count
 from typing import Any
@@ -42,14 +41,6 @@ def streamed(outcomes: Iterable[Outcome], window: Window, supply: Supply, *, ord
             yield value
             del value
             window.release()
-
-
-def each_of(lists: Generator[list[Any]]) -> Generator[Any]:
-    """Yield the results of one chunk after the other."""
-    with closing(lists):
-        for results in lists:
-            yield from results
-            del results
 
 
 def reduced(values: Iterable[list[Any]], combine: Callable[[Any, Any], Any], initial: list[Any]) -> list[Any]:

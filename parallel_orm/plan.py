@@ -367,8 +367,8 @@ def _cut_walk(verb: str, queryset: Rows, options: Options) -> Plan:
         if identity_of(queryset):
             raise no_keyset(verb, queryset, problem) from problem
         return _keys_plan(verb, queryset, size, f"its order cannot be compared column by column: {problem}")
-    key_of = key_reader(queryset, keyset)
-    if key_of is not None and (identity_of(queryset) or not guards.joins_of(queryset).repeat_rows):
+    key_of = _reader_for(queryset, keyset)
+    if key_of is not None:
         why = "rows tell their own key, so a page needs no look-up for its bounds"
         steers = verb == "chunked_iterator" and not options.has_chunk_size
         return Plan(queryset.all(), "pages", why, size, keyset, key_of, steers=steers, alias=queryset.db, verb=verb)
@@ -392,19 +392,18 @@ def plan_map(verb: str, queryset: Rows, options: Options) -> Plan:
         plan,
         consistent=consistent,
         may_be_blocks=consistent and free and plan.cut == "ranges" and is_one_table(queryset),
-        key_of=None if options.batched else _reader_for(plan),
+        key_of=None if options.batched else _reader_for(plan.queryset, plan.keyset or ROW),
         # In this process nobody is idle meanwhile, and the same queries are made each time.
         target_seconds=None if inline else from_settings().TARGET_SECONDS,
         steers=not (options.has_chunk_size or options.batched),
     )
 
 
-def _reader_for(plan: Plan) -> Callable[[Any], Key] | None:
+def _reader_for(queryset: Rows, keyset: Keyset) -> Callable[[Any], Key] | None:
     """Return how to read the key of a row, or None where a chunk cannot come apart behind any row."""
-    queryset = plan.queryset
     if not identity_of(queryset) and guards.joins_of(queryset).repeat_rows:
         return None
-    return key_reader(queryset, ROW if plan.keyset is None else plan.keyset)
+    return key_reader(queryset, keyset)
 
 
 def _cut_map(verb: str, queryset: Rows, options: Options, inline: str | None, session: Session) -> Plan:

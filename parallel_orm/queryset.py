@@ -533,7 +533,7 @@ class ParallelQuerySet(_Startable, QuerySet[M, Row]):
             chunk_size, processes, threads, ordered, progress, consistent, batched=batched, skip_none=skip_none
         )
         report = Report()
-        return Stream(gather.each_of(self._streamed("parallel_imap", fn, options, report)), report)
+        return Stream(one_by_one(self._streamed("parallel_imap", fn, options, report)), report)
 
     def _streamed(
         self, verb: str, fn: Callable[[Any], Result], options: Options, report: Report

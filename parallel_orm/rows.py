@@ -14,20 +14,14 @@ from typing import Any
 
 from django.core.exceptions import EmptyResultSet
 from django.db.models import QuerySet
-from django.db.models.query import (
-    FlatValuesListIterable,
-    ModelIterable,
-    NamedValuesListIterable,
-    RelatedPopulator,
-    ValuesIterable,
-    ValuesListIterable,
-)
+from django.db.models.query import ModelIterable, RelatedPopulator
 
 from parallel_orm import collector
+from parallel_orm.identity import VALUES
 from parallel_orm.makers import Maker, is_djangos_own, is_written_in, maker_of
 from parallel_orm.moments import read_moments_fast
 
-DJANGOS = (ModelIterable, ValuesIterable, ValuesListIterable, NamedValuesListIterable, FlatValuesListIterable)
+DJANGOS = (ModelIterable, *VALUES)
 #: Fewer rows than this are not worth a function of their own.
 FEW = 50
 #: How many of the rows of a page are looked at for how large they are.
@@ -103,8 +97,7 @@ class Opened:
 
 def _execute(compiler: Any) -> tuple[Any, list[Any]]:
     """Return a cursor that has run the query, as ``execute_sql()`` runs it, and no rows; or no cursor, and the rows."""
-    executes = type(compiler).execute_sql
-    if executes.__module__ != "django.db.models.sql.compiler" or hasattr(executes, "__wrapped__"):
+    if not is_written_in(type(compiler).execute_sql, "django.db.models.sql.compiler"):
         # Somebody listens there, or answers: a profiler, a cache.
         return None, [*chain.from_iterable(compiler.execute_sql())]
     try:

@@ -104,7 +104,7 @@ def postponed(make: Callable[[], Generator[Item]]) -> Generator[Item]:
 
 
 def one_by_one(chunks: Generator[ChunkRows]) -> Generator[Any]:
-    """Yield the rows of one chunk after the other."""
+    """Yield the rows of one chunk after the other, or its results."""
     with closing(chunks):
         for rows in chunks:
             yield from rows

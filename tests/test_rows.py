@@ -13,6 +13,7 @@ import threading
 import uuid
 import weakref
 from collections.abc import Iterable
+from contextlib import ExitStack, contextmanager
 
 import pytest
 from django.core.exceptions import FieldError
@@ -647,20 +648,32 @@ def test_pauses_nest_and_end_with_an_error():
         gc.enable()
 
 
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform has no fork")
-def test_a_forked_child_has_no_pause_of_another_thread():
+@contextmanager
+def in_another_thread(*managers):
+    """Within: another thread is within these."""
     entered, leave = threading.Event(), threading.Event()
 
-    def pause():
-        with collector.paused(), collector._lock:
+    def be_within():
+        with ExitStack() as stack:
+            for manager in managers:
+                stack.enter_context(manager)
             entered.set()
             leave.wait(60)
 
-    thread = threading.Thread(target=pause)
+    thread = threading.Thread(target=be_within)
     thread.start()
     try:
         assert entered.wait(60)
+        yield
+    finally:
+        leave.set()
+        thread.join(60)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform has no fork")
+def test_a_forked_child_has_no_pause_of_another_thread():
+    with in_another_thread(collector.paused(), collector._lock):
         child = os.fork()
         if child == 0:
             if collector._lock.locked() or not gc.isenabled():
@@ -669,28 +682,12 @@ def test_a_forked_child_has_no_pause_of_another_thread():
                 off = not gc.isenabled()
             os._exit(0 if off and gc.isenabled() else 2)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    finally:
-        leave.set()
-        thread.join(60)
     assert gc.isenabled()
 
 
 def test_pauses_of_several_threads_overlap():
-    entered, leave = threading.Event(), threading.Event()
-
-    def pause():
-        with collector.paused():
-            entered.set()
-            leave.wait(60)
-
-    thread = threading.Thread(target=pause)
-    thread.start()
-    try:
-        assert entered.wait(60)
+    with in_another_thread(collector.paused()):
         with collector.paused():
             pass
         assert not gc.isenabled(), "the other one is at it still"
-    finally:
-        leave.set()
-        thread.join(60)
     assert gc.isenabled()
