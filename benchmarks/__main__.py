@@ -13,6 +13,10 @@ BENCHMARKS = {
     "background": "benchmarks.background:run",
     "page": "benchmarks.page:run",
     "map": "benchmarks.maps:run",
+    "engine": "benchmarks.maps:engine",
+    "writes": "benchmarks.writes:run",
+    "several": "benchmarks.several:run",
+    "across": "benchmarks.across:run",
     "walk": "benchmarks.walk:run",
     "peers": "benchmarks.walk:peers",
     "far": "benchmarks.latency:far_away",
@@ -23,6 +27,9 @@ BENCHMARKS = {
 LONG = {
     "offset": "benchmarks.walk:offset",
     "memory": "benchmarks.walk:memory",
+    "each": "benchmarks.soak:each",
+    "kill": "benchmarks.soak:kill",
+    "create": "benchmarks.writes:memory",
 }
 
 

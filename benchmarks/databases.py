@@ -47,7 +47,7 @@ def made(wanted: Collection[str] = ALIASES) -> Iterator[dict[str, str]]:
         django.setup()
         with ExitStack() as stack:
             for alias in on_servers:
-                stack.enter_context(_database(alias))
+                stack.enter_context(database(alias))
             yield {alias: description for alias, (_, description) in described.items()}
     finally:
         for server in started:
@@ -79,7 +79,7 @@ def _found(wanted: Collection[str], started: list[servers.OwnServer]) -> dict[st
 
 
 @contextmanager
-def _database(alias: str) -> Iterator[None]:
+def database(alias: str) -> Iterator[None]:
     from django.db import connections
 
     from parallel_orm.connections import lender

@@ -31,15 +31,10 @@ def typical(measure: Measure, times: int) -> Measure:
     return lambda: statistics.median(measure() for _ in range(times))
 
 
-def spin(turns: int, number: int) -> int:
-    """Compute for as long as ``turns`` says; something else for each number."""
-    for turn in range(turns):
-        number += turn
-    return number
-
-
 def turns_that_take(seconds: float) -> int:
     """How many turns :func:`spin` needs for that, on this machine when nobody disturbs it: the best of many tries."""
+    from benchmarks.work import spin  # needs Django, which is set up by then
+
     turns = 10_000
     return round(turns * seconds / min(timed(lambda: spin(turns, 0))() for _ in range(200)))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from django.db import connections, models
+from django.db import connections, models, transaction
 
 from parallel_orm import ParallelManager
 
@@ -44,6 +44,21 @@ class SignedArticle(Columns):
         db_table = "benchmarks_article"
 
 
+class Parcel(models.Model):
+    """What is written."""
+
+    code = models.CharField(max_length=20)
+    title = models.CharField(max_length=100)
+    weight = models.FloatField()
+    changed = models.DateTimeField(auto_now=True)
+
+    objects = ParallelManager()
+
+    class Meta:
+        managed = False
+        db_table = "benchmarks_parcel"
+
+
 #: Numbers n from 1 on, a title and a day for each.
 _SOURCES = {
     "postgresql": "SELECT n, 'The story of the article number ' || n AS title, "
@@ -67,7 +82,9 @@ def table(alias: str, rows: int) -> Iterator[None]:
         editor.create_model(Author)
         editor.create_model(Article)
     try:
-        with connection.cursor() as cursor:
+        with connection.cursor() as cursor, transaction.atomic(using=alias):
+            if connection.vendor == "postgresql":  # else VACUUM comes too early to find the rows there for everybody
+                cursor.execute("SET LOCAL synchronous_commit = on")
             cursor.execute(
                 "INSERT INTO benchmarks_author (id, name) "
                 f"SELECT n, title FROM ({source.format(rows=AUTHORS)}) AS source"
@@ -77,6 +94,7 @@ def table(alias: str, rows: int) -> Iterator[None]:
                 f"SELECT title, n % {AUTHORS} + 1, n % 5000, n / 7.0, n % 3 = 0, published "
                 f"FROM ({source.format(rows=rows)}) AS source"
             )
+        with connection.cursor() as cursor:
             cursor.execute(_ANALYSE[connection.vendor])
         yield
     finally:

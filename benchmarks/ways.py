@@ -92,7 +92,7 @@ def nothing(rows: Iterable[Any], turns: int) -> int:
 
 
 def computes(rows: Iterable[Any], turns: int) -> int:
-    from benchmarks.measure import spin
+    from benchmarks.work import spin
 
     seen = 0
     for row in rows:

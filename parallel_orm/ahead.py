@@ -8,6 +8,7 @@ now; and it is not read ahead at all where a background read would have to stay 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from threading import Event
 from time import perf_counter, thread_time
 from typing import Any
 
@@ -18,6 +19,7 @@ from parallel_orm.background import start_read
 from parallel_orm.bonds import FREE, bonds_of
 from parallel_orm.chunks import Chunk
 from parallel_orm.connections import may_be_kept
+from parallel_orm.cutting import whole
 from parallel_orm.outcomes import Stopwatch
 from parallel_orm.plan import Plan
 from parallel_orm.rows import Opened, Unmade, is_read_as_djangos, listed, read
@@ -29,6 +31,8 @@ from parallel_orm.watch import watch_of
 COST = 0.0003
 #: How much longer than it is busy something takes that never waits, on a machine that others use too.
 BUSY = 1.25
+#: Seconds that a thread is waited for, to send its query.
+MOMENT = 0.001
 
 
 class Effort(AbstractContextManager[None]):
@@ -59,6 +63,11 @@ def helps(reading: Effort, using: Effort) -> bool:
     return reading.seconds + using.seconds - both > COST
 
 
+def is_idle(reading: Effort, using: Effort) -> bool:
+    """Tell whether whoever uses a chunk waits meanwhile for as long as it is work to read the next one."""
+    return using.seconds - using.busy > reading.busy
+
+
 def may_read_ahead(plan: Plan) -> bool:
     """Tell whether another connection would read what the caller's would."""
     if plan.consistent or bonds_of(plan.queryset) is not FREE:
@@ -67,19 +76,33 @@ def may_read_ahead(plan: Plan) -> bool:
     return stay is None and not watch_of(connections[plan.alias]).in_transaction
 
 
-def open_chunk(rows: Any, clock: Stopwatch) -> tuple[Opened | list[Any], int]:
+class Opening:
     """Work of a background read: run the query, and leave as much of the rest as can be to whoever uses the rows.
 
     psycopg has the whole answer then, and needs an open connection, but none of its own, to make tuples of it. Done by
-    the thread that makes rows of them, that does not have two threads in each other's way.
+    the thread that makes rows of them, that does not have two threads in each other's way; unless that one is ``idle``.
     """
-    if not is_read_as_djangos(rows) or rows._prefetch_related_lookups:
-        return listed(read(rows)), 0
-    opened = Opened(rows)
-    wrapper = connections[rows.db]
-    if wrapper.vendor != "postgresql" or not may_be_kept(wrapper):
-        opened.fetch()
-    return opened, 0
+
+    def __init__(self, *, idle: bool) -> None:
+        self._idle = idle
+        self._sent = Event()
+
+    def __call__(self, rows: Any, clock: Stopwatch) -> tuple[Opened | list[Any], int]:
+        if not is_read_as_djangos(rows) or rows._prefetch_related_lookups:
+            self._sent.set()
+            return listed(read(rows)), 0
+        opened = Opened(rows, self._sent.set)
+        wrapper = connections[rows.db]
+        if self._idle or wrapper.vendor != "postgresql" or not may_be_kept(wrapper):
+            opened.fetch()
+        return opened, 0
+
+    def wait(self) -> None:
+        """Wait until the query is about to be sent, or for a moment.
+
+        Whoever makes rows lets go of the interpreter a few milliseconds later, which is when a page is done.
+        """
+        self._sent.wait(MOMENT)
 
 
 class Ahead:
@@ -87,12 +110,14 @@ class Ahead:
 
     session: Session = NOTHING
 
-    def __init__(self, plan: Plan, chunk: Chunk) -> None:
+    def __init__(self, plan: Plan, chunk: Chunk, *, idle: bool = False) -> None:
         self._home: Any = connections[chunk.alias]
         self._alias = chunk.alias
         self._is_stale = False
         watch_of(self._home).add(self)  # before the read itself, which then need not be waited for
-        self._pending = start_read("chunk", Task(Job(plan.queryset, open_chunk, plan.keyset), chunk))
+        opening = Opening(idle=idle)
+        self._pending = start_read("chunk", Task(Job(plan.part(chunk), opening), whole(chunk.alias)))
+        opening.wait()
 
     def done(self) -> bool:
         return self._is_stale

@@ -81,11 +81,8 @@ class Pending:
         :class:`~parallel_orm.errors.Cancelled` after :meth:`cancel`, and
         :class:`~parallel_orm.errors.DeadlineExceeded` after the ``timeout=`` of its start.
         """
-        if not self.done() and loop_is_running() and not os.environ.get("DJANGO_ALLOW_ASYNC_UNSAFE"):
-            raise SynchronousOnlyOperation(
-                "The result is not there yet, and waiting for it would block the event loop. Await the Pending, use "
-                "the queryset by an async method (async for, acount(), aexists()), or go by sync_to_async."
-            )
+        if not self.done():
+            refuse_to_wait()
         try:
             self._read.settle(timeout=timeout)
         except TimeoutError:
@@ -166,6 +163,15 @@ def start_read(verb: str, task: Task, seconds: float | None = None, stay: str | 
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def refuse_to_wait() -> None:
+    """Refuse to block an event loop."""
+    if loop_is_running() and not os.environ.get("DJANGO_ALLOW_ASYNC_UNSAFE"):
+        raise SynchronousOnlyOperation(
+            "The result is not there yet, and waiting for it would block the event loop. Await the Pending, use "
+            "the queryset by an async method (async for, acount(), aexists()), or go by sync_to_async."
+        )
 
 
 def loop_is_running() -> bool:

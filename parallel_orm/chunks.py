@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from django.db.models import Model, QuerySet
 
 from parallel_orm.blocks import in_blocks
 from parallel_orm.errors import UnsupportedQuerySet
+from parallel_orm.identity import fields_of
 from parallel_orm.keyset import carried
 
 if TYPE_CHECKING:
     from parallel_orm.blocks import Blocks
+    from parallel_orm.items import Items
     from parallel_orm.keyset import Key, Keyset
+    from parallel_orm.runs import Record
 
 Rows = TypeVar("Rows", bound="QuerySet[Any, Any]")
 
@@ -36,6 +40,8 @@ class Chunk:
     until: Key | None = None
     #: The primary keys of the rows, instead of an interval.
     keys: tuple[Any, ...] | None = None
+    #: What is to be written, instead of rows that are there.
+    items: Items | None = field(default=None, repr=False)
     #: The blocks of the table that the rows lie in, instead of an interval.
     blocks: Blocks | None = None
     #: No more rows than this; those that are left come back as another chunk.
@@ -46,27 +52,47 @@ class Chunk:
     rows: int | None = None
     #: After so many seconds of a function's work the rows that are left come back as another part; None: never.
     seconds: float | None = None
+    #: How often it was sent before, and lost.
+    attempt: int = 0
+    #: The record of it, in the table of a run that may be begun again.
+    record: Record | None = None
+    #: Of which plan it is, where one call has several; counted from 0.
+    plan: int = 0
 
     @property
     def place(self) -> tuple[int, ...]:
         """Where its rows stand among those of all chunks, to be compared."""
-        return (self.index, *self.part)
+        return (self.plan, self.index, *self.part)
 
     @property
     def is_whole(self) -> bool:
         """Whether it says nothing, and so is all of the queryset."""
-        return self.after is None and self.until is None and self.keys is None and self.blocks is None
+        return (
+            self.after is None
+            and self.until is None
+            and self.keys is None
+            and self.blocks is None
+            and self.items is None
+        )
 
     def narrow(self, queryset: Rows, keyset: Keyset | None) -> Rows:
         """Return the part of ``queryset`` that is this chunk, in the order of ``keyset``, or of the queryset."""
         if self.keys is not None:
-            return queryset.filter(pk__in=self.keys)
+            rows = queryset.filter(pk__in=self.keys)
+            return rows if keyset is None else keyset.order(rows)
         if self.blocks is not None:
             return in_blocks(queryset, self.blocks)
+        if self.items is not None:
+            return queryset
         if keyset is None:
             return queryset
         narrowed = keyset.part(queryset, self.after, self.until)
         return narrowed if self.limit is None else narrowed[: self.limit]
+
+    @property
+    def light(self) -> Chunk:
+        """The same without its items, which whoever sent it has."""
+        return self if self.items is None else replace(self, items=self.items.told)
 
     def rest(self, last: Key) -> Chunk | None:
         """Return what is left of this chunk behind the key ``last``, or None if that was its end."""
@@ -79,7 +105,7 @@ class Chunk:
         Of an interval it is all that stands behind that key, of a list or of blocks the keys of these rows.
         """
         self._refuse_standstill(last)
-        rest = replace(self, part=behind(self.part), rows=len(rows))
+        rest = replace(self, part=behind(self.part), rows=len(rows), attempt=0)
         if self.keys is None and self.blocks is None:
             return replace(rest, after=carried(last))
         return replace(rest, keys=tuple(carried(key_of(row))[0] for row in rows))
@@ -100,6 +126,8 @@ class Chunk:
         """Say which rows these are: ``chunk 3 (behind 2000 and up to 3000)``."""
         if self.keys is not None:
             span = f"{len(self.keys)} keys from {self.keys[0]!r} to {self.keys[-1]!r}"
+        elif self.items is not None:
+            span = str(self.items)
         elif self.blocks is not None:
             span = f"blocks {self.blocks[0]} to {self.blocks[1] - 1}"
         else:
@@ -117,9 +145,25 @@ def behind(part: tuple[int, ...]) -> tuple[int, ...]:
     return (*part[:-1], part[-1] + 1)
 
 
-def key_of_row(row: object) -> str:
-    """Return the primary key of a row for a message, as far as the row tells."""
-    if isinstance(row, Model):
-        return repr(row.pk)
-    key = row.get("pk", row.get("id")) if isinstance(row, dict) else None
+def keys_of(rows: Sequence[Any], queryset: QuerySet[Any, Any]) -> list[Any]:
+    """Return the primary keys of rows of a queryset, None each where they do not bring them."""
+    if not rows:
+        return []
+    first, pk = rows[0], queryset.model._meta.pk
+    names = ("pk", pk.attname, pk.name)
+    given = fields_of(queryset)
+    if isinstance(first, Model):
+        return list(map(attrgetter("pk" if len(first._meta.pk_fields) > 1 else first._meta.pk.attname), rows))
+    if isinstance(first, dict):
+        name = next((name for name in names if name in first), None)
+        return [None if name is None else row[name] for row in rows]
+    if given and not queryset.query.extra_select:
+        place = next((place for place, name in enumerate(given) if name in names), None)
+        if place is not None:
+            return [row[place] for row in rows] if isinstance(first, tuple) else list(rows)
+    return [None] * len(rows)
+
+
+def describe_key(key: object) -> str:
+    """Return a primary key for a message."""
     return "unknown" if key is None else repr(key)

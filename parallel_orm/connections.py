@@ -1,7 +1,7 @@
 """A worker's connections: opened, checked, counted against a budget, given back.
 
 A worker thread borrows its connections for one task and gives them back after it, so that they outlive the thread's
-turn but not their welcome: an idle one is closed after :data:`IDLE_SECONDS`, one older than ``CONN_MAX_AGE`` is not
+turn but not their welcome: one that nobody uses is closed after a few seconds, one older than ``CONN_MAX_AGE`` is not
 lent again, and under Django's test runner every one is closed before the task's outcome is known (a test database with
 an open connection cannot be dropped). The callers' own connections are theirs and never touched.
 """
@@ -31,6 +31,8 @@ from parallel_orm.watch import watch_of
 #: Seconds after which an idle connection is closed. Long enough for the next page of the same visitor, short enough
 #: that a quiet site holds none. ``CONN_MAX_AGE`` bounds the age of a connection that is kept busy.
 IDLE_SECONDS = 5.0
+#: So in a worker process: the next map of the same page finds it open, and nothing is left soon after a call.
+WORKER_IDLE_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +56,8 @@ class Lender:
         self._idle: dict[str, list[Idle]] = defaultdict(list)
         self._budgets: dict[str, tuple[int, threading.BoundedSemaphore]] = {}
         self._sweeper: threading.Timer | None = None
+        #: Seconds for which an idle connection stays open.
+        self._patience = IDLE_SECONDS
         self._pid = os.getpid()
         self._keepsakes: list[object] = []
         self._lent = threading.local()
@@ -132,6 +136,10 @@ class Lender:
         """In a worker process: let go of what a fork brought along, so that no connection crosses."""
         self._keepsakes += take_out()
 
+    def serve_calls(self) -> None:
+        """In a worker process: keep connections from call to call, and no longer."""
+        self._patience = WORKER_IDLE_SECONDS
+
     def _budget(self, alias: str) -> threading.BoundedSemaphore | None:
         number = from_settings().connections_of(alias)
         if not number:
@@ -203,17 +211,19 @@ class Lender:
 
     def _sweep(self) -> None:
         """Close what has been idle for long enough, in the sweeper's thread, and come back while anything is left."""
-        oldest = monotonic() - IDLE_SECONDS
+        oldest = monotonic() - self._patience
         self.close_idle(lambda idle: idle.since <= oldest)
         with self._lock:
             self._sweeper = None
-            if any(self._idle.values()):
-                self._sweep_later()
+            self._sweep_later()
 
     def _sweep_later(self) -> None:
-        """Have a sweeper come by. With the lock held."""
-        if self._sweeper is None:
-            sweeper = threading.Timer(IDLE_SECONDS, self._sweep)
+        """Have a sweeper come by when the first connection has been idle for long enough. With the lock held."""
+        if self._sweeper is not None:
+            return
+        since = min((idle.since for waiting in self._idle.values() for idle in waiting), default=None)
+        if since is not None:
+            sweeper = threading.Timer(max(0.0, since + self._patience - monotonic()), self._sweep)
             sweeper.daemon = True
             sweeper.name = "parallel_orm-sweeper"
             with suppress(RuntimeError):  # no new threads while the interpreter ends, which closes them too
@@ -308,14 +318,6 @@ def discard(wrapper: BaseDatabaseWrapper) -> None:
         with suppress(Exception):
             wrapper.connection.close()
     close_quietly(wrapper)
-
-
-def rest(everything: bool) -> None:
-    """Close, in a worker process at the end of a call, what Django would close at the end of a request; or everything.
-
-    What is kept by ``CONN_MAX_AGE`` is closed when it has been idle for :data:`IDLE_SECONDS`.
-    """
-    lender.close_idle(if_=lambda idle: everything or idle.settings.get("CONN_MAX_AGE") == 0)
 
 
 def under_test() -> bool:

@@ -16,21 +16,57 @@ Key = tuple[Any, ...]
 Jump = Callable[[Key | None, Key, int], Key | None]
 
 
+#: Chunks of fewer rows are cut from keys that are looked up for several of them at once.
+FEW_ROWS = 250
+#: How many keys are looked up then.
+KEYS_AT_ONCE = 1000
+
+
+class Lookout:
+    """Jumps of few rows within keys that were looked up in one go: a query costs more than a few keys."""
+
+    def __init__(self, jump: Jump, look: Callable[[Key | None, Key, int], Sequence[Key]]) -> None:
+        self._jump, self._look = jump, look
+        #: The keys behind one of them, and where the next jump begins.
+        self._keys: Sequence[Key] = ()
+        self._start = 0
+
+    def __call__(self, after: Key | None, last: Key, rows: int) -> Key | None:
+        if rows >= FEW_ROWS:
+            self._keys = ()
+            return self._jump(after, last, rows)
+        if not (self._keys and self._find(after) + rows <= len(self._keys)):
+            self._keys, self._start = self._look(after, last, KEYS_AT_ONCE), 0
+            if len(self._keys) < rows:
+                self._keys = ()
+                return None
+        self._start += rows
+        return self._keys[self._start - 1]
+
+    def _find(self, after: Key | None) -> int:
+        """Return where the keys behind this one begin, which the last jump ended on; behind all of its equals."""
+        while self._start < len(self._keys) and self._keys[self._start] == after:
+            self._start += 1
+        return self._start
+
+
 @cache
 def whole(alias: str) -> Chunk:
     """Cut nothing: one chunk that is the queryset."""
     return Chunk(index=0, alias=alias)
 
 
-def by_jumps(alias: str, ends: Sequence[Key], size: Callable[[], int], jump: Jump) -> Iterator[Chunk]:
+def by_jumps(
+    alias: str, ends: Sequence[Key], size: Callable[[], int], jump: Jump, *, after: Key | None = None
+) -> Iterator[Chunk]:
     """Cut lazily into half-open intervals of about ``size()`` rows, up to the last of ``ends``, frozen when planned.
 
     ``jump(after, last, rows)`` returns the key of the row so many rows behind the key ``after``, or None where fewer
     are left up to ``last``. The first interval is open below, so rows that come in ahead of the first key are not lost;
     nothing behind the last end is ever asked for, so a consumer that inserts rows cannot make this endless. Equal keys
     never part: an interval ends on a key and the next one begins behind it. Each of ``ends`` is the end of an interval.
+    Begins behind the key ``after``, if one is given.
     """
-    after: Key | None = None
     index = 0
     for last in ends:
         while (until := jump(after, last, size())) is not None and until != last:

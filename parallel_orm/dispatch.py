@@ -4,20 +4,32 @@ from __future__ import annotations
 
 import os
 from bisect import insort
-from collections.abc import Callable, Generator, Iterator
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import replace
-from queue import SimpleQueue
+from operator import itemgetter
+from queue import Empty, SimpleQueue
+from time import monotonic
+from typing import Any
 
 from parallel_orm.chunks import Chunk
-from parallel_orm.errors import WorkerDied, left_in_parent
+from parallel_orm.errors import ChunkTimedOut, WorkerDied, left_in_parent
 from parallel_orm.forks import gate
 from parallel_orm.leaving import may_wait
-from parallel_orm.outcomes import Outcome
+from parallel_orm.outcomes import Outcome, note
 from parallel_orm.pace import Pace
+from parallel_orm.retries import backoff, may_pass
 
 #: Cuts a chunk behind so many rows; None: it has no more.
 Cut = Callable[[Chunk, int], tuple[Chunk, Chunk | None]]
+
+
+#: Seconds after which the caller does what nobody has begun, where it can.
+STEAL_AFTER = 0.05
+#: Seconds after which whoever waits looks around in any case: a Ctrl-C that comes just when it begins to wait is not
+#: heard until then.
+LOOKS_EVERY = 1.0
 
 
 class Window:
@@ -46,6 +58,28 @@ class Window:
             self.refill()
 
 
+class InTurn(Iterator[Chunk]):
+    """The chunks of several plans side by side: the next is of the plan that has the fewest out."""
+
+    def __init__(self, plans: Iterable[Iterator[Chunk]]) -> None:
+        self._left = dict(enumerate(plans))
+        #: How many were taken of each, and what they came to not passed on.
+        self.held: Counter[int] = Counter()
+
+    def __contains__(self, plan: object) -> bool:
+        return plan in self._left
+
+    def __next__(self) -> Chunk:
+        while self._left:
+            plan = min(self._left, key=self.held.__getitem__)
+            chunk = next(self._left[plan], None)
+            if chunk is not None:
+                self.held[plan] += 1
+                return chunk
+            del self._left[plan]
+        raise StopIteration
+
+
 class Supply:
     """The chunks that are still to be sent: what was left undone of others, then those of the plan.
 
@@ -53,13 +87,27 @@ class Supply:
     slow for; and into parts as small as its rows are slow.
     """
 
-    def __init__(self, planned: Iterator[Chunk], pace: Pace, cut: Cut) -> None:
-        self._planned, self._pace, self._cut = planned, pace, cut
+    def __init__(
+        self,
+        planned: Iterator[Chunk],
+        paces: Sequence[Pace],
+        cut: Cut,
+        retries: int = 0,
+        may_pass: Callable[[Outcome], bool] = may_pass,
+    ) -> None:
+        #: By the numbers of the plans.
+        self._paces = paces
+        self._planned, self._cut, self._retries = planned, cut, retries
+        self._may_pass = may_pass
         #: What is left, and how many rows of it to send at once. The first of the plan's order comes first, as the
         #: results of those behind it may have to wait for it.
         self._left: list[tuple[Chunk, int]] = []
+        #: Whether nothing more is to be sent.
+        self.is_over = False
         #: The places of the chunks that are being worked on.
         self._out: set[tuple[int, ...]] = set()
+        #: Chunks that were lost, and when to send them again.
+        self._later: list[tuple[float, Chunk]] = []
 
     def take(self, idle: int) -> Chunk | None:
         """Return the next chunk, for one of so many idle workers; None: there is none, unless more is left undone."""
@@ -67,19 +115,65 @@ class Supply:
         if chunk is None:
             return None
         self._out.add(chunk.place)
-        return replace(chunk, seconds=self._pace.seconds)
+        return replace(chunk, seconds=self._paces[chunk.plan].seconds)
 
-    def has_before(self, place: tuple[int, ...]) -> bool:
-        """Tell whether there is anything to come, of what was taken or left undone, that stands before this place."""
+    def has_before(self, place: tuple[int, ...], within: int | None = None) -> bool:
+        """Tell whether there is anything to come, of what was taken or left undone, that stands before this place; of
+        any plan, or ``within`` one.
+        """
+        if within is not None:
+            return any(each < place for each in self._coming(within))
         return any(out < place for out in self._out) or bool(self._left and self._left[0][0].place < place)
 
-    def hear(self, outcome: Outcome) -> None:
-        """Learn from what became of a chunk, and keep what is left of it."""
-        self._out.discard(outcome.chunk.place)
+    def is_at(self, plan: int) -> bool:
+        """Tell whether a chunk of a plan is being worked on."""
+        return any(out[0] == plan for out in self._out)
+
+    def _coming(self, plan: int) -> Iterator[tuple[int, ...]]:
+        """Yield the places of what was taken, or left undone, of one plan."""
+        yield from (out for out in self._out if out[0] == plan)
+        yield from (chunk.place for chunk, _ in self._left if chunk.plan == plan)
+
+    def has_more_of(self, plan: int) -> bool:
+        """Tell whether there may be anything to come of one plan, where chunks are taken in turn."""
+        return not isinstance(self._planned, InTurn) or plan in self._planned or any(self._coming(plan))
+
+    def pass_on(self, plan: int) -> None:
+        """Learn that what a chunk of a plan came to was passed on."""
+        if isinstance(self._planned, InTurn):
+            self._planned.held[plan] -= 1
+
+    def again(self) -> Chunk | None:
+        """Return a chunk that was lost and is to be sent again now, or None. It has its place in the window still."""
+        return self._later.pop(0)[1] if self.pause == 0 else None
+
+    def end(self) -> None:
+        """Have nothing more sent: what was not begun is not to be."""
+        self.is_over = True
+        self._planned, self._left, self._later = iter(()), [], []
+
+    @property
+    def pause(self) -> float | None:
+        """Seconds until there is something to be sent again; None: there is nothing."""
+        return max(0.0, self._later[0][0] - monotonic()) if self._later else None
+
+    def hear(self, outcome: Outcome) -> bool:
+        """Learn from what became of a chunk, and keep what is left of it; or all of it, if it is to be sent again.
+
+        Tell whether it is not.
+        """
+        chunk = outcome.chunk
+        if not self.is_over and chunk.attempt < self._retries and self._may_pass(outcome):
+            again = replace(chunk, attempt=chunk.attempt + 1)
+            insort(self._later, (monotonic() + backoff(again.attempt), again), key=itemgetter(0))
+            return False
+        self._out.discard(chunk.place)
         if outcome.error is None:
-            self._pace.learn(outcome.rows, outcome.timings)
+            pace = self._paces[chunk.plan]
+            pace.learn(outcome.rows, outcome.timings)
             if outcome.rest is not None:
-                self._put_back(outcome.rest, self._pace.rows_at(outcome.timings.function / outcome.rows))
+                self._put_back(outcome.rest, pace.rows_at(outcome.timings.function / outcome.rows))
+        return True
 
     def _part(self, idle: int) -> Chunk:
         known = sum(chunk.rows or 0 for chunk, _ in self._left)
@@ -96,13 +190,22 @@ class Supply:
 
 
 def dispatch(
-    supply: Supply, send: Callable[[Chunk], Future[Outcome]], window: Window, *, label: str = "the queryset"
+    supply: Supply,
+    send: Callable[[Chunk], Future[Outcome]],
+    window: Window,
+    *,
+    label_of: Callable[[Chunk], str] = lambda chunk: "the queryset",
+    steal: Callable[[Chunk], Outcome] | None = None,
+    left: Callable[[Future[Outcome], Chunk], object] = lambda future, chunk: None,
 ) -> Generator[Outcome]:
     """Send each chunk on its way and yield the outcomes as they come in.
 
     Lazy on both sides: chunks are taken as the window has room, and what was left undone of one is sent again. A worker
     that was lost is an outcome whose error names the chunk. When the caller stops early, what was not begun is
     cancelled, and what was begun is waited for: nothing goes on behind the caller's back.
+
+    Where the caller can ``steal``, it does a chunk itself when none was begun: the workers may all be waiting for it.
+    What was begun, and is not yielded, is ``left``: of an interrupted call it may not be done.
     """
     landed: SimpleQueue[Future[Outcome]] = SimpleQueue()
     flying: dict[Future[Outcome], Chunk] = {}
@@ -110,48 +213,87 @@ def dispatch(
 
     def fill() -> None:
         if os.getpid() != process:
-            raise left_in_parent(label)
-        while window.has_room:
-            with gate:  # cutting asks the database, while the worker for the last chunk may be forked
-                chunk = supply.take(window.workers - len(flying))
+            raise left_in_parent(label_of(Chunk(0, "")))
+        while (chunk := supply.again()) or window.has_room:
             if chunk is None:
-                break
+                with gate:  # cutting asks the database, while the worker for the last chunk may be forked
+                    chunk = supply.take(window.workers - len(flying))
+                if chunk is None:
+                    break
+                window.take()
             future = send(chunk)
             flying[future] = chunk
-            window.take()
             future.add_done_callback(landed.put)
 
     window.refill = fill
     try:
         while True:
             fill()
-            if not flying:
+            if supply.is_over:
+                for future in [future for future in flying if future.cancel()]:
+                    del flying[future]
+            if not flying and supply.pause is None:
                 return
-            future = landed.get()
-            outcome = outcome_of(future, flying.pop(future), label)
+            try:
+                future = landed.get(timeout=patience(supply.pause, steal is not None))
+            except Empty:  # it is time for what was lost, or for what nobody begins
+                is_begun = any(future.running() or future.done() for future in flying)
+                if steal is None or is_begun or not flying or not (future := next(iter(flying))).cancel():
+                    continue
+                outcome = steal(flying.pop(future))
+            else:
+                if future not in flying:
+                    continue  # it was stolen
+                outcome = outcome_of(future, flying.pop(future), label_of)
             del future  # it holds the rows, which are the caller's now
-            supply.hear(outcome)
-            yield outcome
+            if supply.hear(outcome):
+                yield outcome
             del outcome
     except KeyboardInterrupt:
-        for future in flying:
-            future.cancel()
+        let_go(flying)
+        begun = {future: chunk for future, chunk in flying.items() if not future.cancel()}
         flying.clear()  # whoever owns the workers ends them
+        for future, chunk in begun.items():
+            left(future, chunk)
         raise
     finally:
         window.refill = None
+        let_go(flying)
         if os.getpid() == process:  # else they are the parent's
-            begun = [future for future in flying if not future.cancel()]
+            begun = {future: chunk for future, chunk in flying.items() if not future.cancel()}
             if may_wait(process):
                 wait(begun)
+            for future, chunk in begun.items():
+                left(future, chunk)
 
 
-def outcome_of(future: Future[Outcome], chunk: Chunk, label: str) -> Outcome:
+def let_go(futures: Iterable[Future[Outcome]]) -> None:
+    """Release what a Ctrl-C has left locked by this thread, for which a worker's thread would wait for ever.
+
+    It may come between the moment in which a lock is taken and the block that would release it.
+    """
+    for future in futures:
+        condition: Any = getattr(future, "_condition", None)
+        is_owned = getattr(condition, "_is_owned", None)
+        while is_owned is not None and is_owned():
+            condition.release()
+
+
+def patience(pause: float | None, steals: bool) -> float:
+    """Return how many seconds to wait for an outcome before looking around."""
+    return min(LOOKS_EVERY if pause is None else pause, STEAL_AFTER if steals else LOOKS_EVERY)
+
+
+def outcome_of(future: Future[Outcome], chunk: Chunk, label_of: Callable[[Chunk], str]) -> Outcome:
     """Return what a future has: the outcome, or what became of the worker instead."""
     error = future.exception()
     if error is None:
-        return future.result()
+        outcome = future.result()
+        return outcome if chunk.items is None else replace(outcome, chunk=chunk)
     if isinstance(error, WorkerDied) and error.chunk is None:
-        died = WorkerDied(error.pid, error.exitcode, chunk, label)
-        return Outcome(chunk, error=died)
-    return Outcome(chunk, error=error)
+        error = WorkerDied(error.pid, error.exitcode, chunk, label_of(chunk))
+    elif isinstance(error, ChunkTimedOut) and error.chunk is None:
+        error = ChunkTimedOut(error.seconds, chunk, label_of(chunk))
+    else:
+        note(error, f"{chunk} of {label_of(chunk)} did not come back")
+    return Outcome(chunk, error=error, stage="lost")

@@ -9,9 +9,16 @@
     ├── Cancelled              CancelledError          the query was cancelled before its answer came
     ├── DeadlineExceeded       TimeoutError            the time that a start was given is over
     ├── UnknownAlias           ConnectionDoesNotExist  no such database in ``settings.DATABASES``
+    ├── BadItem                TypeError, ValueError   an item, or what a function made of it, cannot be written
+    ├── RunRefused             RuntimeError            a run cannot be begun again as it was
+    ├── ConnectionMisused      InterfaceError          a ParallelConnection or its cursor cannot do this now
+    ├── UnequalResults         ProgrammingError        several connections answered with different columns
     ├── MissingExtra           ImportError             an optional package is not installed
     ├── NotPicklable           PicklingError           a function or a result cannot travel
     ├── WorkerDied             RuntimeError            a worker process ended in the middle of a chunk
+    ├── ChunkTimedOut          TimeoutError            a chunk took longer than the ``timeout=`` of its call
+    ├── TooManyFailures        RuntimeError            more rows failed than ``max_failures=`` allows
+    ├── NoWorker               RuntimeError            ``current_worker()`` outside of what a worker runs
     └── RemoteError            RuntimeError            an exception of a worker that cannot be rebuilt here
 
 Each has a familiar second parent, so that ``except`` clauses written for Django or for the standard library go on
@@ -25,7 +32,7 @@ import signal
 from concurrent.futures import CancelledError
 from typing import Any
 
-from django.db import NotSupportedError, OperationalError
+from django.db import InterfaceError, NotSupportedError, OperationalError, ProgrammingError
 from django.db.transaction import TransactionManagementError
 from django.utils.connection import ConnectionDoesNotExist
 
@@ -70,6 +77,22 @@ class MissingExtra(ParallelORMError, ImportError):
     """An optional package is needed; the message says which extra brings it."""
 
 
+class BadItem(ParallelORMError, TypeError, ValueError):
+    """An item, or what a function of the user's made of it or of a row, cannot be written; says what can."""
+
+
+class RunRefused(ParallelORMError, RuntimeError):
+    """A call with a ``run_id`` cannot be made, or not be made again, as it was; says why."""
+
+
+class ConnectionMisused(ParallelORMError, InterfaceError):
+    """A ``ParallelConnection``, or a cursor of it, was asked for something that it cannot do now."""
+
+
+class UnequalResults(ParallelORMError, ProgrammingError):
+    """The connections of a ``ParallelConnection`` answered with different columns."""
+
+
 class NotPicklable(ParallelORMError, pickle.PicklingError):
     """A function cannot be sent to a worker process, or a result cannot be sent back."""
 
@@ -97,6 +120,33 @@ class WorkerDied(ParallelORMError, RuntimeError):
         return type(self), (self.pid, self.exitcode, self.chunk, self.of)
 
 
+class ChunkTimedOut(ParallelORMError, TimeoutError):
+    """A chunk took longer than the ``timeout=`` of its call; its query was cancelled, or its worker process killed.
+
+    ``seconds`` is the time that it had, ``chunk`` the chunk.
+    """
+
+    def __init__(self, seconds: float, chunk: Any = None, of: str = "") -> None:
+        self.seconds, self.chunk, self.of = seconds, chunk, of
+        what = f"{chunk} of {of}" if chunk is not None else "A task"
+        super().__init__(
+            f"{what[0].upper()}{what[1:]} took longer than its timeout of {seconds} seconds, so its query was "
+            "cancelled, or its worker process killed. What the function had done for that chunk until then is done; "
+            "its results are lost. Use a smaller chunk_size=, or a longer timeout=."
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.seconds, self.chunk, self.of), self.__dict__
+
+
+class TooManyFailures(ParallelORMError, RuntimeError):
+    """More rows failed than ``max_failures=`` allows. Its ``__cause__`` is what the last one raised."""
+
+
+class NoWorker(ParallelORMError, RuntimeError):
+    """``current_worker()`` was called outside of a function that a parallel call runs."""
+
+
 class RemoteError(ParallelORMError, RuntimeError):
     """An exception of a worker that could not be rebuilt in this process.
 
@@ -120,6 +170,11 @@ class WorkerTraceback(Exception):
 
     def __str__(self) -> str:
         return f'\n"""\n{self.text}"""'
+
+
+def is_of_a_worker(error: BaseException) -> bool:
+    """Tell whether it was raised by a function in a worker; a ``KeyboardInterrupt`` then is not the user's Ctrl-C."""
+    return isinstance(error.__cause__, WorkerTraceback)
 
 
 def describe_exit(exitcode: int | None) -> str:
@@ -156,8 +211,70 @@ def cannot_start(value: object) -> InvalidOption:
     return InvalidOption(f"start() takes querysets that can start_fetch(), not {what}.")
 
 
+def not_a_queryset(caller: str, value: object) -> InvalidOption:
+    return InvalidOption(f"{caller}() takes a queryset or a manager, not a {type(value).__name__}.")
+
+
 def both_kinds_of_workers() -> InvalidOption:
     return InvalidOption("Give processes= or threads=, not both: a map runs on one kind of worker.")
+
+
+def bad_on_error(value: object) -> InvalidOption:
+    return InvalidOption(f'on_error must be "raise", "collect" or "skip", not {value!r}.')
+
+
+def bad_number_of(name: str, value: object) -> InvalidOption:
+    return InvalidOption(f"{name} must be a whole number of at least 0, not {value!r}.")
+
+
+def max_failures_of_none() -> InvalidOption:
+    return InvalidOption(
+        'max_failures= goes with on_error="collect" or "skip"; with "raise" the first one ends the call.'
+    )
+
+
+def failures_have_no_place(verb: str) -> InvalidOption:
+    return InvalidOption(f'{verb}() has no place for a Failure: on_error must be "raise" or "skip".')
+
+
+def too_many_failures(failed: int, most: int) -> TooManyFailures:
+    return TooManyFailures(
+        f"{failed} rows have failed, and max_failures={most} allows no more; report_of() this exception has them all."
+    )
+
+
+def bad_chunk_timeout(value: object) -> InvalidOption:
+    return InvalidOption(f"timeout must be a number of seconds above 0 for each chunk, or None, not {value!r}.")
+
+
+def bad_hook(name: str, value: object) -> InvalidOption:
+    return InvalidOption(f"{name} must be a plain callable of one Worker, not {value!r}.")
+
+
+def no_worker() -> NoWorker:
+    return NoWorker(
+        "current_worker() is for functions while a parallel call runs them, and nothing of the kind is running here. "
+        "To test such a function by itself, give it what it needs as an argument."
+    )
+
+
+def cannot_do(knob: str, executor: str, instead: str) -> InvalidOption:
+    return InvalidOption(f"{knob}= cannot be had with {executor}: {instead}")
+
+
+def bad_executor(value: object, problem: str) -> InvalidOption:
+    return InvalidOption(f"executor={value!r} {problem}")
+
+
+def no_querysets(verb: str, value: object) -> InvalidOption:
+    return InvalidOption(
+        f"{verb}() takes an iterable of querysets, whose rows it takes as one; not {type(value).__name__} in it, or "
+        f"instead of it. For a single queryset call its own {verb}()."
+    )
+
+
+def nothing_to_retry(why: str) -> ParallelORMError:
+    return ParallelORMError(f"report.retry() cannot run what failed: {why}")
 
 
 def bad_progress(value: object) -> InvalidOption:
@@ -174,6 +291,41 @@ def bad_setting(name: str, problem: str) -> InvalidOption:
 
 def unknown_alias(alias: str, known: list[str]) -> UnknownAlias:
     return UnknownAlias(f"There is no database {alias!r} in settings.DATABASES; there are {', '.join(sorted(known))}.")
+
+
+def no_alias(value: object) -> InvalidOption:
+    return InvalidOption(f"across() takes the names of databases, or of groups of them, not {value!r}.")
+
+
+def no_aliases(names: object, model: str) -> InvalidOption:
+    if not names:
+        return InvalidOption('across() was given no database. Name them, or a group of GROUPS, or "all".')
+    return InvalidOption(f"across{names!r} is no database: by the routers, none has {model}.")
+
+
+def alias_twice(aliases: list[str]) -> InvalidOption:
+    return InvalidOption(f"across() was given {', '.join(map(repr, aliases))} twice: its rows would count twice.")
+
+
+def several_vendors(vendors: dict[str, str]) -> InvalidOption:
+    told = ", ".join(f"{alias!r} is {vendor}" for alias, vendor in vendors.items())
+    return InvalidOption(
+        f"across() needs databases of one kind, as others sort and compute otherwise: {told}. Ask each by using(alias)."
+    )
+
+
+def order_of_several(verb: str) -> InvalidOption:
+    return InvalidOption(
+        f"{verb}() of several querysets keeps the order of each, and one of these is over several databases, whose "
+        "results would have to be merged by it. Call it for that one alone, or give ordered=False."
+    )
+
+
+def run_of_several(verb: str) -> InvalidOption:
+    return InvalidOption(
+        f"{verb}() over several databases takes no run_id=: a run is recorded in one database, with its rows. Make one "
+        "call for each, by using(alias)."
+    )
 
 
 def missing_tqdm() -> MissingExtra:
@@ -199,6 +351,13 @@ def refused_in_transaction(verb: str, alias: str, why: str) -> TransactionRefuse
         f"{verb}() was called in a transaction on {alias!r} {why}. Its workers have connections of their own and "
         "would not see what this transaction sees. Call it before the transaction or after its commit, or loop over "
         "chunked_iterator(), which stays on this connection."
+    )
+
+
+def left_a_transaction(function: str) -> TransactionRefused:
+    return TransactionRefused(
+        f"{function} has left a transaction open on its worker's connection, which is rolled back: what it has written "
+        "there is lost. Write within `with atomic():`, or commit."
     )
 
 
@@ -252,6 +411,172 @@ def result_not_picklable(function: str, error: BaseException) -> NotPicklable:
     )
 
 
+def _name(function: object) -> str:
+    return getattr(function, "__qualname__", None) or repr(function)
+
+
+def made_something_else(make: object, value: object, model: Any) -> BadItem:
+    returned = "None" if value is None else f"an object of type {type(value).__qualname__}"
+    return BadItem(
+        f"{_name(make)}() returned {returned}. make= must return an instance of {model._meta.label}: it is saved, "
+        "unless make= has saved it itself."
+    )
+
+
+def already_saved(instance: Any) -> BadItem:
+    return BadItem(
+        f"The item is {instance._meta.label} with the primary key {instance.pk!r}, which was saved before. "
+        "parallel_create() makes new rows: take parallel_update() for rows that are there."
+    )
+
+
+def not_an_item(item: object, model: Any) -> BadItem:
+    return BadItem(
+        f"The item is an object of type {type(item).__qualname__}, neither an instance of {model._meta.label} nor a "
+        "dictionary of its values. Give make= a function that makes an instance of it."
+    )
+
+
+def not_items(verb: str, value: object) -> InvalidOption:
+    return InvalidOption(f"{verb}() takes an iterable of items, not {type(value).__qualname__}.")
+
+
+def lacks_unique_fields(names: list[str]) -> BadItem:
+    return BadItem(f"The item has no value for {', '.join(map(repr, names))}, which unique_fields= names.")
+
+
+def no_such_field(name: object, model: Any) -> InvalidOption:
+    return InvalidOption(f"{model._meta.label} has no field {name!r}.")
+
+
+def not_a_column(name: str, model: Any) -> InvalidOption:
+    return InvalidOption(
+        f"The field {name!r} of {model._meta.label} cannot be updated: it is its primary key, generated, or no column."
+    )
+
+
+def changed_nothing(function: object, result: object) -> BadItem:
+    return BadItem(
+        f"{_name(function)}() returned an object of type {type(result).__qualname__}. It must change the row and "
+        "return nothing, or return a dictionary of what is to be changed."
+    )
+
+
+def key_changed(before: object, after: object) -> BadItem:
+    return BadItem(
+        f"The primary key of the row was changed from {before!r} to {after!r}: saving it would write another row. "
+        "Create that one, and delete this one."
+    )
+
+
+def bad_mode(value: object) -> InvalidOption:
+    return InvalidOption(f'mode must be "save" or "bulk", not {value!r}.')
+
+
+def bad_fields(value: object) -> InvalidOption:
+    return InvalidOption(f"fields must be a list of names, such as [{value!r}], not one name.")
+
+
+def bad_unique_fields(value: object) -> InvalidOption:
+    return InvalidOption(f"unique_fields must be a list of the names of fields, not {value!r}.")
+
+
+def saves_alone(verb: str) -> InvalidOption:
+    return InvalidOption(f"{verb}() knows neither mode= nor full_clean=: Django does each row in its one way.")
+
+
+def bad_run_id(value: object) -> InvalidOption:
+    return InvalidOption(f"run_id must be a text of 1 to 200 characters, not {value!r}.")
+
+
+def many_to_many_manager(verb: str) -> InvalidOption:
+    return InvalidOption(
+        f"{verb}() cannot be called on the manager of a many-to-many relation. Create the rows by the model's own "
+        "manager, with the relation in each dictionary or set in make=."
+    )
+
+
+def writes_in_transaction(verb: str, alias: str) -> TransactionRefused:
+    return TransactionRefused(
+        f"{verb}() was called in a transaction on {alias!r}. Its workers write on connections of their own: they would "
+        "wait for what this transaction has locked while it waits for them, which no database can see, and what they "
+        'commit stays when it is rolled back. Call it outside of atomic(), or give executor="inline" to have all of it '
+        "written here, in this transaction."
+    )
+
+
+def spoiled_transaction() -> TransactionRefused:
+    return TransactionRefused(
+        "A database error was caught in what saving this row called, a receiver or save() itself, and has spoiled the "
+        "transaction of its chunk. Wrap what may fail there in transaction.atomic()."
+    )
+
+
+def undone_within() -> TransactionRefused:
+    return TransactionRefused(
+        "The database has ended the transaction of this chunk in the middle, and what saving a row called, a receiver "
+        "or save() itself, went on: it caught the error of a deadlock, or ran a statement that commits. Let such "
+        "errors pass, or wrap what may fail in transaction.atomic()."
+    )
+
+
+def no_tables_for_runs(alias: str) -> RunRefused:
+    return RunRefused(
+        f"run_id= needs its tables on {alias!r}. Add 'parallel_orm' to INSTALLED_APPS and run "
+        f"manage.py migrate parallel_orm --database={alias}."
+    )
+
+
+def another_run(run_id: str, what: str) -> RunRefused:
+    return RunRefused(f"The run_id {run_id!r} is that of {what}. Give this call one of its own.")
+
+
+def run_is_under_way(run_id: str) -> RunRefused:
+    return RunRefused(
+        f"The run {run_id!r} is under way in another process. Wait for it, or give this call another run_id."
+    )
+
+
+def failed_in_lost_worker() -> RunRefused:
+    return RunRefused(
+        "The row failed in a worker that was lost before it could say why. Make the call again with the same run_id: "
+        "it does such rows again."
+    )
+
+
+def other_items(run_id: str, number: int, stop: int) -> RunRefused:
+    return RunRefused(
+        f"The run {run_id!r} had {stop} items or more, and there are only {number} now. Give it the same items in the "
+        "same order."
+    )
+
+
+def run_needs_ranges(verb: str, label: str, why: str) -> RunRefused:
+    return RunRefused(
+        f"{verb}() of {label} cannot have a run_id: its rows are not cut by primary key ({why}). Drop the slice or the "
+        "union."
+    )
+
+
+def key_cannot_be_written(value: object) -> RunRefused:
+    return RunRefused(f"run_id= cannot write down a primary key of type {type(value).__qualname__}.")
+
+
+def item_not_picklable(place: int, item: object, error: BaseException) -> NotPicklable:
+    return NotPicklable(
+        f"Item {place}, {type(item).__qualname__}, cannot travel to a worker process "
+        f"({type(error).__name__}: {error}). Give plain values, and let make= "
+        "build what cannot be pickled; or take threads=."
+    )
+
+
+def file_does_not_travel(place: int, field: str) -> NotPicklable:
+    return NotPicklable(
+        f"The file {field!r} of item {place} is not saved yet, and its content would not travel with the instance. Let "
+        "make= open it in the worker, or take threads=."
+    )
+
+
 def left_in_parent(label: str) -> ParallelORMError:
     return ParallelORMError(
         f"This process was forked while results of {label} were under way, whose workers are the parent's. Take the "
@@ -263,4 +588,72 @@ def daemon_has_no_children() -> ParallelORMError:
     return ParallelORMError(
         "This process is a daemonic multiprocessing worker, which may have no child processes. Use threads=, or start "
         "it with daemon=False."
+    )
+
+
+# --- Several connections as one -----------------------------------------------------------
+
+
+def no_connections() -> InvalidOption:
+    return InvalidOption("ParallelConnection() was given no connections.")
+
+
+def no_connection(value: object) -> InvalidOption:
+    return InvalidOption(
+        f"{type(value).__qualname__} is no connection: give an alias of settings.DATABASES, a PEP 249 connection, or a "
+        "pool with getconn() and putconn()."
+    )
+
+
+def connection_twice(value: object) -> InvalidOption:
+    name = repr(value) if isinstance(value, str) else type(value).__qualname__
+    return InvalidOption(f"The connection {name} was given twice: its rows would come twice.")
+
+
+def bound_to_its_thread() -> InvalidOption:
+    return InvalidOption(
+        "This SQLite connection can be used by the thread alone that made it. Make it with check_same_thread=False, or "
+        "give an alias."
+    )
+
+
+def no_connection_left(alias: str) -> ConnectionMisused:
+    return ConnectionMisused(
+        f"settings.PARALLEL_ORM['CONNECTIONS'] allows no more connections to {alias!r} now. Close what is not needed, "
+        "or allow more."
+    )
+
+
+def no_such_connection(index: object, number: int) -> InvalidOption:
+    return InvalidOption(f"execute_on= names the connection {index!r}; there are 0 to {number - 1}.")
+
+
+def args_twice() -> InvalidOption:
+    return InvalidOption("Give args, for all connections, or execute_on=, for each of some.")
+
+
+def connection_closed() -> ConnectionMisused:
+    return ConnectionMisused("The ParallelConnection is closed.")
+
+
+def cursor_closed() -> ConnectionMisused:
+    return ConnectionMisused("The cursor is closed.")
+
+
+def connection_in_use() -> ConnectionMisused:
+    return ConnectionMisused("Another thread is using this ParallelConnection: give each thread one of its own.")
+
+
+def nothing_to_fetch() -> ConnectionMisused:
+    return ConnectionMisused("There are no rows to fetch: nothing was executed, or what was returns none.")
+
+
+def unequal_results(first: str, names: object, other: str, others: object) -> UnequalResults:
+    return UnequalResults(f"The connection {first} answered with the columns {names}, and {other} with {others}.")
+
+
+def rollback_of_a_test(alias: str) -> TransactionRefused:
+    return TransactionRefused(
+        f"The connection to {alias!r} is that of a TestCase, whose transaction this would end. Use a "
+        "TransactionTestCase."
     )

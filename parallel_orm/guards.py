@@ -7,6 +7,7 @@ import sqlite3
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from django.core.exceptions import EmptyResultSet
@@ -23,11 +24,11 @@ from parallel_orm import errors, functions
 from parallel_orm.bonds import FREE, Bonds
 from parallel_orm.identity import are_instances_of_one_table, fields_of, identity_of
 from parallel_orm.options import from_settings
-from parallel_orm.ordering import parts
+from parallel_orm.ordering import effective_ordering, parts
 from parallel_orm.session import NOTHING, Session
 from parallel_orm.statements import Bond
-from parallel_orm.task import in_worker
 from parallel_orm.watch import watch_of
+from parallel_orm.workers import in_worker
 
 Rows = QuerySet[Any, Any]
 
@@ -45,6 +46,7 @@ REASONS = {
     "wrapper": "the caller's connection has execute_wrappers, which another connection has not",
     "select_for_update": "the rows are to be locked, and a lock belongs to the connection that takes it",
     "shutdown": "the interpreter is ending and starts no more threads",
+    "inline": 'executor="inline" was asked for',
     "nested": "the caller is itself run by a worker",
     "budget": "settings.PARALLEL_ORM['CONNECTIONS'] allows no connections for this database",
 }
@@ -127,6 +129,33 @@ def where_to_map(verb: str, queryset: Rows) -> tuple[str | None, Session]:
     if session.snapshot is not None:
         raise errors.refused_in_transaction(verb, alias, "of isolation level REPEATABLE READ")
     return None, session
+
+
+def where_to_write(verb: str, alias: str, *, stays: bool) -> tuple[str | None, Session]:
+    """Return why writes must be made in this process, or None, and what the workers' connections must be given; refuse
+    a transaction, whose locks the workers would wait for, while it waits for them.
+    """
+    connection = connection_for(alias)
+    if stays:
+        return "inline", NOTHING
+    if is_in_memory(connection):
+        return "memory", NOTHING
+    if any(getattr(block, "_from_testcase", False) for block in connection.atomic_blocks):
+        return "testcase", NOTHING
+    if in_worker():
+        return "nested", NOTHING
+    watch = watch_of(connection)
+    if connection.in_atomic_block or not connection.get_autocommit() or watch.in_transaction:
+        raise errors.writes_in_transaction(verb, alias)
+    session = watch.elsewhere()
+    if isinstance(session, str):
+        raise errors.refused_in_session(verb, alias)
+    return None, session
+
+
+def has_one_writer(alias: str) -> bool:
+    """Tell whether a database lets no two transactions write at once."""
+    return connection_for(alias).vendor == "sqlite"
 
 
 def refuse_without_snapshots(verb: str, alias: str) -> None:
@@ -229,6 +258,8 @@ class Joins:
 
 def joins_of(queryset: Rows) -> Joins:
     """Look at the joins of filters, values and order, as the compiler makes them. Makes no query."""
+    if _is_of_one_table(queryset):
+        return Joins(repeat_rows=False, order_by_many=False)
     query = queryset.query.clone()
     compiler = query.get_compiler(queryset.db)
     try:
@@ -254,6 +285,27 @@ def joins_of(queryset: Rows) -> Joins:
         re.search(r"(?i)\bover\s*(\(|\w)", sql) for sql in raw
     )
     return Joins(repeat_rows=repeat_rows or order_by_many, order_by_many=order_by_many, sees_many=sees_many)
+
+
+def _is_of_one_table(queryset: Any) -> bool:
+    """Tell whether it is seen at a glance that there are no joins, as nothing is asked for but columns of the table."""
+    query = queryset.query
+    return (
+        len(query.alias_map) < 2
+        and not (query.annotations or query.extra or query.extra_tables or query.extra_order_by)
+        and not (query.select_related or query.combinator or query.distinct or query.group_by)
+        and all(
+            isinstance(item, str) and item in _names_of_columns(queryset.model) for item in effective_ordering(query)
+        )
+    )
+
+
+@cache
+def _names_of_columns(model: Any) -> frozenset[str]:
+    """Return by which names a model is ordered by its own columns, in either direction."""
+    columns = [column for column in model._meta.local_concrete_fields if not column.is_relation]
+    names = [column.name for column in columns] + ["pk"] * (model._meta.pk in columns)
+    return frozenset([*names, *(f"-{name}" for name in names)])
 
 
 def _finds_one(join: Any) -> bool:

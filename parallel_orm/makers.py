@@ -26,17 +26,23 @@ from django.db.models.query import FlatValuesListIterable, ModelIterable, Values
 from django.db.models.query_utils import DeferredAttribute
 from django.db.models.signals import post_init, pre_init
 
+from parallel_orm.moments import Reader
+
 #: Makes rows of a driver's tuples, one when it is asked for the next one.
 Maker = Callable[[Iterable[Sequence[Any]]], Iterator[Any]]
 
 
-def maker_of(queryset: Any, compiler: Any) -> Maker | None:
-    """Return what makes the rows of a queryset, whose ``compiler`` has made its SQL; None where Django must."""
+def maker_of(queryset: Any, compiler: Any, readers: Mapping[int, Reader]) -> Maker | None:
+    """Return what makes the rows of a queryset, whose ``compiler`` has made its SQL; None where Django must.
+
+    ``readers`` tell how to read what the driver has left as text.
+    """
     kind, width = queryset._iterable_class, compiler.col_count
     columns = [column for column, *_ in compiler.select[:width]]
     if any(isinstance(column, ColPairs) for column in columns):
         return None
     code = _Code(width)
+    code.read(readers)
     for place, (converters, expression) in compiler.get_converters(columns).items():
         for converter in (_quick(each, compiler.connection) for each in converters):
             # As SQLCompiler.apply_converters() calls them.
@@ -119,6 +125,21 @@ class _Code:
     def text(self, name: str) -> str:
         """Return how the function says a name, which may be a member of an enum, whose ``repr()`` is no Python."""
         return repr(name) if type(name) is str else self.given(name)
+
+    def read(self, readers: Mapping[int, Reader]) -> None:
+        """Read what is text."""
+        for place, reader in readers.items():
+            value, known = f"v{place}", self.given(reader.known)
+            self.line(f"if {value} is not None:")
+            self.line("try:", 1)
+            self.line(f"{value} = {self.given(reader.parse)}({value})", 2)
+            self.line("except ValueError:", 1)
+            self.line(f"{value} = {known}({value})", 2)
+            if reader.has_zone:
+                zone = self.given(reader.zone)
+                self.line("else:", 1)
+                self.line(f"if {value}.tzinfo is not {zone}:", 2)
+                self.line(f"{value} = {value}.replace(tzinfo={zone})", 3)
 
     def assign(self, target: str, name: str, value: str, depth: int) -> None:
         """Do what ``setattr()`` does, whatever name it is given."""

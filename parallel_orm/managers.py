@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, TypeVar, Unpack
 
 from django.db.models import Manager, Model, QuerySet
 
+from parallel_orm import writes
 from parallel_orm.queryset import ParallelQuerySet
+from parallel_orm.report import Report
+from parallel_orm.walk import awaited_call
+from parallel_orm.writes import WriteKnobs
 
 M = TypeVar("M", bound=Model, covariant=True)
 
@@ -27,6 +32,43 @@ class ParallelManager(Manager.from_queryset(ParallelQuerySet)[M]):  # type: igno
         """As Django's, with its short cut: of a many-to-many relation the through table alone is asked."""
         through = self._through_table()
         return bool((self.get_queryset() if through is None else through).exists(*args, **kwargs))
+
+    def parallel_create(
+        self,
+        items: Iterable[Any],
+        make: Callable[[Any], Any] | None = None,
+        processes: int | None = None,
+        **knobs: Unpack[WriteKnobs],
+    ) -> Report:
+        """As :meth:`ParallelQuerySet.parallel_create`; the rows of a related manager are given its instance."""
+        verb = "parallel_create"
+        given = writes.given_by(self, verb)
+        return writes.create(verb, self.get_queryset(), items, make, processes, knobs, given)
+
+    def parallel_update_or_create(
+        self,
+        items: Iterable[Any],
+        unique_fields: Sequence[str],
+        make: Callable[[Any], Any] | None = None,
+        processes: int | None = None,
+        **knobs: Unpack[WriteKnobs],
+    ) -> Report:
+        """As :meth:`ParallelQuerySet.parallel_update_or_create`; for rows of a related manager, with its instance."""
+        verb = "parallel_update_or_create"
+        given = writes.given_by(self, verb)
+        return writes.update_or_create(verb, self.get_queryset(), items, unique_fields, make, processes, knobs, given)
+
+    async def aparallel_create(self, *args: Any, **kwargs: Any) -> Report:
+        """As :meth:`parallel_create`; waits for it in the thread that Django's async methods use."""
+        return await awaited_call(self.parallel_create)(*args, **kwargs)
+
+    async def aparallel_update_or_create(self, *args: Any, **kwargs: Any) -> Report:
+        """As :meth:`parallel_update_or_create`; waits for it in the thread that Django's async methods use."""
+        return await awaited_call(self.parallel_update_or_create)(*args, **kwargs)
+
+    for _each in (parallel_create, parallel_update_or_create, aparallel_create, aparallel_update_or_create):
+        setattr(_each, "alters_data", True)  # noqa: B010 - as Django has it
+    del _each
 
     def _through_table(self) -> Any:
         # Django's manager of a many-to-many relation asks it where its own superclass is Manager, which filters

@@ -5,9 +5,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import re
+import threading
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
+from inspect import iscoroutinefunction
 from math import inf
 from typing import Any, Literal
 
@@ -16,11 +18,17 @@ from django.core.signals import setting_changed
 
 from parallel_orm import errors
 
+OnError = Literal["raise", "collect", "skip"]
 Progress = bool | Callable[[int, int | None], object] | None
 StartMethod = Literal["forkserver", "spawn", "fork"]
 
+#: Executors that are there without being named in the settings.
+BUILT_IN = ("inline", "threads", "processes", "dask", "celery")
+
 _VARIABLE = re.compile(r"[A-Za-z_][\w$]*(\.[A-Za-z_][\w$]*)*")
 
+#: The longest timeout: as long as a thread may wait for anything.
+MOST_SECONDS = threading.TIMEOUT_MAX
 #: Rows a chunk of a map, at first: some tens of milliseconds of Python, so that every core is busy soon and errors are
 #: found early, and enough that the cost of a chunk (about a millisecond) does not show much.
 MAP_CHUNK_SIZE = 1_000
@@ -47,7 +55,7 @@ def default_start_method() -> StartMethod:
 class Settings:
     """``settings.PARALLEL_ORM``, complete and checked."""
 
-    #: Threads for background reads, in this process.
+    #: Threads for background reads, in this process; and for a map on threads that does not say how many.
     THREADS: int
     #: Processes for a map that does not say how many.
     PROCESSES: int
@@ -63,8 +71,12 @@ class Settings:
     #: Variables of a PostgreSQL session that the caller's queries depend on, beside those that it is seen to set. None:
     #: whatever runs SQL that cannot be followed keeps its reads on the caller's connection.
     SESSION_VARIABLES: tuple[str, ...] | None
+    #: Executors by name: ``{"BACKEND": a name or a dotted path, "OPTIONS": {...}}`` each.
+    EXECUTORS: Mapping[str, Mapping[str, Any]]
     #: Whether the cyclic collector pauses while the rows of a chunk are put into a list.
     PAUSE_GC: bool
+    #: Names for sets of aliases, for ``across()``.
+    GROUPS: Mapping[str, tuple[str, ...]]
 
     def connections_of(self, alias: str) -> int:
         if isinstance(self.CONNECTIONS, int):
@@ -87,7 +99,9 @@ def from_settings() -> Settings:
         "CHUNK_SIZE": given.get("CHUNK_SIZE"),
         "TARGET_SECONDS": given.get("TARGET_SECONDS", TARGET_SECONDS),
         "SESSION_VARIABLES": _variables(given.get("SESSION_VARIABLES")),
+        "EXECUTORS": _executors(given.get("EXECUTORS", {})),
         "PAUSE_GC": given.get("PAUSE_GC", True),
+        "GROUPS": _groups(given.get("GROUPS", {})),
     }
     if unknown := sorted(set(given) - set(values)):
         raise errors.bad_setting(unknown[0], f"is not a setting of this version; there are {', '.join(values)}.")
@@ -125,6 +139,22 @@ def _connections(given: Mapping[str, Any], threads: int) -> int | Mapping[str, i
     return dict(value)
 
 
+def _groups(value: Any) -> Mapping[str, tuple[str, ...]]:
+    if not isinstance(value, Mapping):
+        raise errors.bad_setting("GROUPS", f'must be a dictionary such as {{"shards": ["one", "two"]}}, not {value!r}.')
+    for name, aliases in value.items():
+        if name == "all" or name in settings.DATABASES:
+            raise errors.bad_setting("GROUPS", f"must not give the name {name!r} another meaning.")
+        if isinstance(aliases, str) or not isinstance(aliases, Iterable) or not list(aliases):
+            raise errors.bad_setting("GROUPS", f"has {aliases!r} for {name!r}, which is no list of aliases.")
+        for alias in aliases:
+            if alias not in settings.DATABASES:
+                raise errors.bad_setting("GROUPS", f"names {alias!r}, which is not in settings.DATABASES.")
+        if len(set(aliases)) != len(list(aliases)):
+            raise errors.bad_setting("GROUPS", f"has a database twice in {name!r}: its rows would count twice.")
+    return {name: tuple(aliases) for name, aliases in value.items()}
+
+
 def _variables(value: Any) -> tuple[str, ...] | None:
     if value is None:
         return None
@@ -136,8 +166,40 @@ def _variables(value: Any) -> tuple[str, ...] | None:
     return tuple(name.lower() for name in names)
 
 
+def _executors(value: Any) -> Mapping[str, Mapping[str, Any]]:
+    if not isinstance(value, Mapping):
+        raise errors.bad_setting("EXECUTORS", f"must be a dictionary, not {value!r}.")
+    for name, executor in value.items():
+        if not (
+            isinstance(executor, Mapping)
+            and isinstance(executor.get("BACKEND"), str)
+            and isinstance(executor.get("OPTIONS", {}), Mapping)
+            and set(executor) <= {"BACKEND", "OPTIONS"}
+        ):
+            raise errors.bad_setting(
+                "EXECUTORS",
+                f'has {executor!r} for {name!r}, which is not {{"BACKEND": "a name or a dotted path", '
+                '"OPTIONS": {...}}.',
+            )
+        if name in BUILT_IN:
+            raise errors.bad_setting("EXECUTORS", f"must not give the name {name!r} another meaning.")
+        if (backend := executor["BACKEND"]) in ("inline", "threads", "processes"):
+            for option, number in executor.get("OPTIONS", {}).items():
+                if option != backend or backend == "inline" or not _is_whole(number) or number < 1:
+                    raise errors.bad_setting(
+                        "EXECUTORS",
+                        f"has OPTIONS for {name!r} that {backend!r} does not know, which takes "
+                        + ("none." if backend == "inline" else f'{{"{backend}": a whole number from 1}}.'),
+                    )
+    return dict(value)
+
+
 def _is_whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _forget(*, setting: str, **_: object) -> None:
@@ -160,19 +222,43 @@ class Options:
     consistent: bool = False
     batched: bool = False
     skip_none: bool = False
+    #: A name, a dotted path, or a :class:`concurrent.futures.Executor`.
+    executor: Any = None
+    on_error: OnError = "raise"
+    max_failures: int | None = None
+    retries: int = 0
+    timeout: float | None = None
+    init_hook: Callable[[Any], Any] | None = None
+    end_hook: Callable[[Any], Any] | None = None
+    keys: bool = False
 
     def __post_init__(self) -> None:
         for name in ("chunk_size", "processes", "threads"):
             value = getattr(self, name)
             if value is not None and not (_is_whole(value) and value >= 1):
                 raise errors.not_an_integer(name, value)
-        for name in ("consistent", "batched", "skip_none"):
+        for name in ("consistent", "batched", "skip_none", "keys", "ordered"):
             if not isinstance(value := getattr(self, name), bool):
                 raise errors.not_a_bool(name, value)
         if self.processes is not None and self.threads is not None:
             raise errors.both_kinds_of_workers()
         if not (self.progress is None or isinstance(self.progress, bool) or callable(self.progress)):
             raise errors.bad_progress(self.progress)
+        if self.on_error not in ("raise", "collect", "skip"):
+            raise errors.bad_on_error(self.on_error)
+        for name in ("retries", "max_failures"):
+            value = getattr(self, name)
+            if not (_is_whole(value) and value >= 0) and (value is not None or name == "retries"):
+                raise errors.bad_number_of(name, value)
+        if self.max_failures is not None and self.on_error == "raise":
+            raise errors.max_failures_of_none()
+        seconds = self.timeout
+        if seconds is not None and not (_is_number(seconds) and 0 < seconds <= MOST_SECONDS):
+            raise errors.bad_chunk_timeout(seconds)
+        for name in ("init_hook", "end_hook"):
+            hook = getattr(self, name)
+            if hook is not None and (not callable(hook) or iscoroutinefunction(hook)):
+                raise errors.bad_hook(name, hook)
 
     @property
     def has_chunk_size(self) -> bool:
@@ -181,9 +267,3 @@ class Options:
 
     def rows_per_chunk(self, default: int) -> int:
         return min(self.chunk_size or from_settings().CHUNK_SIZE or default, 2**63 - 1)  # the most a LIMIT can be
-
-    def with_workers(self) -> Options:
-        """Return these options with the number of workers filled in from the settings."""
-        if self.processes is None and self.threads is None:
-            return replace(self, processes=from_settings().PROCESSES)
-        return self

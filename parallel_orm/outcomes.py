@@ -5,16 +5,19 @@ from __future__ import annotations
 import pickle
 import threading
 import traceback
-from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass, replace
-from time import perf_counter
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from time import perf_counter, thread_time
+from typing import TYPE_CHECKING, Any
 
 import cloudpickle
 
-from parallel_orm.chunks import Chunk
+from parallel_orm.chunks import Chunk, describe_key
 from parallel_orm.errors import RemoteError, WorkerTraceback, result_not_picklable
+
+if TYPE_CHECKING:
+    from parallel_orm.failures import Failure
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +27,9 @@ class Timings:
     database: float = 0.0
     function: float = 0.0
     shipping: float = 0.0
+    #: Of these seconds those in which the thread computed; in the others it waited.
+    database_cpu: float = 0.0
+    function_cpu: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +57,11 @@ class Bare:
     kind: type[BaseException]
     args: tuple[Any, ...]
     state: dict[str, Any]
+    slots: dict[str, Any]
+
+    @classmethod
+    def of(cls, error: BaseException) -> Bare:
+        return cls(type(error), error.args, error.__dict__, slots_of(error))
 
 
 def unfold(form: Any) -> Any:
@@ -59,16 +70,37 @@ def unfold(form: Any) -> Any:
         return form
     error = form.kind.__new__(form.kind, *form.args)  # which keeps the args
     error.__dict__.update(form.state)
+    for name, value in form.slots.items():
+        object.__setattr__(error, name, value)
     return error
+
+
+def slots_of(error: BaseException) -> dict[str, Any]:
+    """Return what an exception has in ``__slots__``, which pickle leaves behind."""
+    state: Any = object.__getstate__(error)
+    return state[1] if isinstance(state, tuple) else {}
 
 
 def alike(arrived: object, error: BaseException) -> bool:
     """Tell whether an exception came through as it was: its type, and its arguments as far as they can be compared."""
     if type(arrived) is not type(error) or not isinstance(arrived, BaseException):
         return False
-    pairs = list(zip(arrived.args, error.args, strict=True))
+    slots, arrived_slots = slots_of(error), slots_of(arrived)
+    if slots.keys() != arrived_slots.keys():
+        return False
+    pairs = [*zip(arrived.args, error.args, strict=True), *((arrived_slots[name], slots[name]) for name in slots)]
     plain = (str, bytes, int, float, bool, type(None))
     return all(type(there) is type(here) and (not isinstance(here, plain) or there == here) for there, here in pairs)
+
+
+@contextmanager
+def named(alias: str) -> Iterator[None]:
+    """Within: an error says which database it is of."""
+    try:
+        yield
+    except Exception as error:
+        note(error, f"on database {alias!r}")
+        raise
 
 
 def note(error: BaseException, text: str) -> None:
@@ -77,6 +109,14 @@ def note(error: BaseException, text: str) -> None:
     with suppress(Exception):
         if line not in getattr(error, "__notes__", ()):
             error.add_note(line)
+
+
+def text_of(error: BaseException) -> str:
+    """Return the text of an exception, whatever it does to make that."""
+    try:
+        return str(error)
+    except Exception:
+        return "<its text could not be made>"
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,23 +149,24 @@ class PackedError:
 def pack_error(error: BaseException) -> PackedError:
     """Make an exception ready to travel. Whether it can be rebuilt is tried here: many take other arguments."""
     packed: Packed | None = None
-    for form in (error, Bare(type(error), error.args, error.__dict__)):
+    for form in (error, Bare.of(error)):
         with suppress(Exception):
             candidate = pack(form)
             if alike(unfold(candidate.open()), error):
                 packed = candidate
                 break
-    try:
-        message = str(error)
-    except Exception:
-        message = "<its text could not be made>"
     return PackedError(
         error=packed,
         type_name=f"{type(error).__module__}.{type(error).__qualname__}",
-        message=message,
+        message=text_of(error),
         traceback="".join(traceback.format_exception(error)),
         notes=tuple(getattr(error, "__notes__", ())),
     )
+
+
+def opened(error: BaseException | PackedError) -> BaseException:
+    """Return an exception as the caller finds it, whether it has travelled or not."""
+    return error.open() if isinstance(error, PackedError) else error
 
 
 class Stopwatch:
@@ -133,21 +174,51 @@ class Stopwatch:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {"database": 0.0, "function": 0.0, "shipping": 0.0}
-        self._name, self._began = "", 0.0
+        #: In which this thread computed.
+        self.cpu: dict[str, float] = {"database": 0.0, "function": 0.0, "shipping": 0.0}
+        #: What it measured last.
+        self.stage = ""
+        #: The primary key of the row at which it ended, where it did not come to the end.
+        self.key: Any = None
+        #: Its place in the chunk.
+        self.place: int | None = None
+        #: Whether what was written up to there is in the database; None: nobody knows.
+        self.committed: bool | None = False
+        self._began = self._cpu = 0.0
 
     def __call__(self, name: str) -> Stopwatch:
-        self._name = name
+        self.stage = name
         return self
 
     def __enter__(self) -> None:
-        self._began = perf_counter()
+        self._began, self._cpu = perf_counter(), thread_time()
 
     def __exit__(self, *exc_info: object) -> None:
-        self.seconds[self._name] += perf_counter() - self._began
+        self.cpu[self.stage] += thread_time() - self._cpu  # within the seconds, so never more
+        self.seconds[self.stage] += perf_counter() - self._began
 
     @property
     def timings(self) -> Timings:
-        return Timings(**self.seconds)
+        return Timings(**self.seconds, database_cpu=self.cpu["database"], function_cpu=self.cpu["function"])
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """A row of a chunk, or a list of rows, that failed while the others went on; on its way home."""
+
+    #: Where its result would be among those of the chunk; None where these have no places.
+    place: int | None
+    #: Its primary key; of a list of rows a tuple of them; None where rows do not tell.
+    key: Any
+    #: What was raised; :class:`PackedError` while it travels.
+    error: BaseException | PackedError
+    #: How many rows these are.
+    rows: int = 1
+    #: Whether it is in the database all the same; None: nobody knows.
+    committed: bool | None = False
+
+    def packed(self) -> Failed:
+        return replace(self, error=pack_error(self.error)) if isinstance(self.error, BaseException) else self
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,20 +239,61 @@ class Outcome:
     timings: Timings = Timings()
     #: The process and thread that did it.
     worker: str = ""
+    #: When it was begun, in seconds since the epoch; 0.0: it was not.
+    began: float = 0.0
+    #: How far it came: "" (not begun), "database" (reading), "function" (to the end too), "shipping" (its value could
+    #: not be packed), or "lost", with its worker.
+    stage: str = ""
+    #: The primary key of the row whose function raised the error, of a list of rows a tuple of them; None: unknown.
+    key: Any = None
+    #: Rows, or lists of rows, that failed while the others went on.
+    failed: tuple[Failed, ...] = ()
+    #: The same as the caller finds them. Made where they have arrived.
+    failures: tuple[Failure, ...] = ()
+    #: How often something was tried again.
+    retries: int = 0
+    #: Of a chunk that ended with an error: the place in it of the row that raised.
+    failed_place: int | None = None
+    #: Of one of writes: whether these are in the database; None: nobody knows.
+    committed: bool | None = False
+    #: What was counted beside the rows, by name.
+    counts: Mapping[str, int] = field(default_factory=dict)
+    #: Rows that an earlier run had done.
+    done_before: int = 0
+    #: The primary key of each result, where one of them may have to be named. Does not travel.
+    keys: Sequence[Any] = ()
 
     def packed(self, made_by: str) -> Outcome:
         """Return it ready for another process; a value that cannot travel becomes an error, which names its maker."""
+        clock, failed = Stopwatch(), tuple(each.packed() for each in self.failed)
         if isinstance(self.error, BaseException):
-            return replace(self, value=None, error=pack_error(self.error))
-        clock = Stopwatch()
+            # What is in the database all the same has a value.
+            value = pack(self.value) if self.committed else None
+            return replace(self, value=value, error=pack_error(self.error), failed=failed, keys=())
         try:
             with clock("shipping"):
                 value = pack(self.value)
         except Exception as error:
+            if self.keys:
+                return self._without_what_cannot_travel(made_by).packed(made_by)
             refusal = result_not_picklable(made_by, error)
             note(refusal, f"in {self.chunk}")
-            return replace(self, value=None, error=pack_error(refusal))
-        return replace(self, value=value, timings=replace(self.timings, shipping=clock.seconds["shipping"]))
+            return replace(self, value=None, error=pack_error(refusal), stage="shipping")
+        timings = replace(self.timings, shipping=clock.seconds["shipping"])
+        return replace(self, value=value, failed=failed, timings=timings, keys=())
+
+    def _without_what_cannot_travel(self, made_by: str) -> Outcome:
+        """Return it with a failure in the place of each result that cannot be pickled."""
+        values, failed = list(self.value), list(self.failed)
+        for place, key in enumerate(self.keys):
+            try:
+                pack(values[place])
+            except Exception as error:
+                refusal = result_not_picklable(made_by, error)
+                note(refusal, f"in {self.chunk}, primary key {describe_key(key)}")
+                values[place] = None
+                failed.append(Failed(place, key, refusal))
+        return replace(self, value=values, failed=tuple(failed), keys=())
 
     def traced(self) -> Outcome:
         """Return it with the worker's traceback as the ``__cause__`` of an error that has none, as from a process."""
@@ -192,11 +304,13 @@ class Outcome:
 
     def result(self) -> Any:
         """Return the value, or raise the error."""
-        if isinstance(self.error, PackedError):
-            raise self.error.open()
         if self.error is not None:
-            raise self.error
-        return self.value.open() if isinstance(self.value, Packed) else self.value
+            raise opened(self.error)
+        try:
+            return self.value.open() if isinstance(self.value, Packed) else self.value
+        except Exception as error:
+            note(error, f"a result of {self.chunk} could be packed, but not opened here")
+            raise
 
 
 class Landing:

@@ -34,10 +34,14 @@ from parallel_orm.options import MAP_CHUNK_SIZE, WALK_CHUNK_SIZE, Options, from_
 from parallel_orm.ordering import NotAKeyset, effective_ordering, is_random, keyset_of, parts
 from parallel_orm.pace import Pace
 from parallel_orm.session import NOTHING, Session
-from parallel_orm.task import Apply, Job, Task, Work, at
+from parallel_orm.stencil import Behind
+from parallel_orm.task import Job, Task, at
+from parallel_orm.work import ByPart, Work
 
 Rows = QuerySet[Any, Any]
 Cut = Literal["pages", "ranges", "keys", "blocks"]
+#: Returns what stands behind a key and up to another one, in the order of the plan.
+Between = Callable[[Key | None, Key | None], Rows]
 
 
 @dataclass(frozen=True)
@@ -71,13 +75,15 @@ class Plan:
     may_be_blocks: bool = False
     #: How many blocks there are, for a cut by them.
     blocks: int = 0
+    #: The chunks, where they are known.
+    given: tuple[Chunk, ...] | None = field(default=None, repr=False)
     #: Seconds that a chunk of a map is to take at most; None: as long as it takes.
     target_seconds: float | None = None
     alias: str = ""
     #: The method that was called, for what is refused later.
     verb: str = ""
 
-    def job(self, work: Work | Apply, session: Session | None = None) -> Job:
+    def job(self, work: Work | ByPart, session: Session | None = None) -> Job:
         """Return the job that does ``work`` with each chunk."""
         return Job(self.queryset, work, self.keyset, self.key_of, self.session if session is None else session)
 
@@ -89,10 +95,13 @@ class Plan:
         """Return the part of the queryset that is a chunk."""
         if chunk.limit is None:
             return chunk.narrow(self._rows(), self.keyset)
-        return self._narrowed(self._rows, chunk.after, chunk.until)[: chunk.limit]
+        return self._slice(self._rows_between, chunk.after, chunk.until, 0, chunk.limit)
 
     def chunks(self, pace: Pace | None = None) -> Iterator[Chunk]:
         """Yield the chunks, lazily: each query for a bound is made when its chunk is taken, as large as it is then."""
+        if self.given is not None:
+            yield from self.given
+            return
         if self.may_be_blocks:
             yield from self.settled().chunks(pace)
             return
@@ -105,10 +114,10 @@ class Plan:
             yield from cutting.by_blocks(self.alias, self.blocks, lambda: min(pace.rows, most), self._jump_blocks)
         elif self.cut == "pages":
             assert self.keyset is not None
-            ends = self._ends() if self.keyset.terms[0].nullable else [None]
+            ends = self.ends() if self.keyset.terms[0].nullable else [None]
             yield from cutting.by_pages(self.alias, ends, self.chunk_size)
         else:
-            yield from cutting.by_jumps(self.alias, self._ends(), lambda: pace.rows, self._jump)
+            yield from cutting.by_jumps(self.alias, self.ends(), lambda: pace.rows, self.jumps())
 
     def settled(self) -> Plan:
         """Return the plan that will be followed: by blocks if they would do, and are faster. Asks the database."""
@@ -119,6 +128,10 @@ class Plan:
             return settled
         why = f"rows do not lie in the order of the primary key (correlation {heap.correlation:.2f}), and need no order"
         return replace(settled, cut="blocks", why=why, blocks=heap.blocks)
+
+    def jumps(self) -> cutting.Jump:
+        """Return what finds the end of one chunk after the other."""
+        return cutting.Lookout(self._jump, self._look)
 
     def in_two(self, chunk: Chunk, rows: int) -> tuple[Chunk, Chunk | None]:
         """Cut a chunk behind its first ``rows`` rows; None: it has no more. One query for a range."""
@@ -134,20 +147,27 @@ class Plan:
         A first page that was open above is as little as there may be, so where the rows end is asked, and frozen, here.
         """
         if page.until is None:
-            page = replace(page, until=next(iter(self._ends()), last))
+            page = replace(page, until=next(iter(self.ends()), last))
         rest = page.rest(last)
         return rest and replace(rest, limit=limit)
 
+    def keys_of(self, chunk: Chunk) -> list[Any]:
+        """List the primary keys of a chunk's rows; None each where these have none. One query."""
+        rows = chunk.narrow(bare(self.queryset, self.alias), self.keyset)
+        return [None] * rows.count() if identity_of(self.queryset) else list(rows.values_list("pk", flat=True))
+
+    def only(self, chunks: Sequence[Chunk]) -> Plan:
+        """Return the plan of some of its chunks alone."""
+        return replace(self, given=tuple(chunks), may_be_blocks=False)
+
     def count(self) -> int:
         """Count the rows, for a progress bar. One query."""
+        if self.given is not None:
+            return sum(len(self.keys_of(chunk)) for chunk in self.given)
         return self._all_rows().count()
 
     def _keys(self, keyset: Keyset) -> Any:
         return keyset.keys_of(keyset.order(bare(self.queryset, self.alias)))
-
-    def _keys_between(self, after: Key | None, until: Key | None) -> Any:
-        assert self.keyset is not None
-        return self.keyset.keys_of(self._narrowed(self._bare, after, until))
 
     def _rows(self) -> Rows:
         return at(self.queryset, self.alias)
@@ -155,26 +175,34 @@ class Plan:
     def _bare(self) -> Rows:
         return bare(self.queryset, self.alias)
 
-    def _narrowed(self, rows: Callable[[], Rows], after: Key | None, until: Key | None) -> Rows:
-        """Return what of these rows stands between two keys; by what was made of those up to ``until``, if it can be.
+    def _rows_between(self, after: Key | None, until: Key | None) -> Rows:
+        assert self.keyset is not None
+        return self.keyset.part(self._rows(), after, until)
+
+    def _keys_between(self, after: Key | None, until: Key | None) -> Any:
+        assert self.keyset is not None
+        return self.keyset.keys_of(self.keyset.part(self._bare(), after, until))
+
+    def _slice(self, between: Between, after: Key | None, until: Key | None, start: int, stop: int) -> Rows:
+        """Return the slice of what stands between two keys, with the SQL of the last one, if it can be.
 
         It cannot where a second ``filter()`` would be another join, or another condition on groups.
         """
         assert self.keyset is not None
         term, *others = self.keyset.terms
         if after is None or others or term.nullable or LOOKUP_SEP in term.path or identity_of(self.queryset):
-            return self.keyset.part(rows(), after, until)
-        made = next((made for *known, made in self._made if known == [rows, until]), None)
-        if made is None:
-            made = self.keyset.part(rows(), None, until)
-            self._made.append((rows, until, made))
-        return made.filter(term.behind(after[0]))
+            return between(after, until)[start:stop]
+        behind = next((behind for *known, behind in self._behind if known == [between, until]), None)
+        if behind is None:
+            behind = Behind(between(None, until), term)
+            self._behind[:] = [*self._behind[-FEW:], (between, until, behind)]
+        return behind.slice(after[0], start, stop)
 
     @cached_property
-    def _made(self) -> list[tuple[Callable[[], Rows], Key | None, Rows]]:
+    def _behind(self) -> list[tuple[Between, Key | None, Behind]]:
         return []  # no dict: a key may have a list in it
 
-    def _ends(self) -> list[Key]:
+    def ends(self) -> list[Key]:
         """Return the last key; before it the last one on the hither side of the NULLs, where a column may have them.
 
         A condition on both sides would be no range of an index.
@@ -188,15 +216,22 @@ class Plan:
         return ends
 
     def _jump(self, after: Key | None, last: Key, size: int) -> Key | None:
-        key = next((carried(key) for key in self._keys_between(after, last)[size - 1 : size]), None)
-        if key is not None and key == after:  # it would be found for ever
+        return next(iter(self._found(after, last, size - 1, size)), None)
+
+    def _look(self, after: Key | None, last: Key, number: int) -> list[Key]:
+        return self._found(after, last, 0, number)
+
+    def _found(self, after: Key | None, last: Key, start: int, stop: int) -> list[Key]:
+        """Return the keys of a slice of the rows between two keys."""
+        keys = [carried(key) for key in self._slice(self._keys_between, after, last, start, stop)]
+        if keys and (key := keys[0]) == after:  # it would be found for ever
             raise errors.unsupported(
                 self.verb,
                 self.queryset.model._meta.label,
                 f"the key {key!r} does not come back from the database as it is there",
                 "Order by other columns, or take order_by('pk').",
             )
-        return key
+        return keys
 
     def _jump_blocks(self, first: int, rows: int) -> int:
         """Return the block that has the row so many rows behind the beginning of ``first``; or where to look again."""
@@ -264,7 +299,7 @@ class Plan:
     def _outer_keys(self) -> tuple[Key | None, Key | None]:
         assert self.keyset is not None
         first = next((carried(key) for key in self._keys(self.keyset)[:1]), None)
-        return first, next(reversed(self._ends()), None)
+        return first, next(reversed(self.ends()), None)
 
     def _second_chunk(self, after: Key | None, until: Key | None) -> Any:
         assert self.keyset is not None
@@ -303,6 +338,8 @@ class Plan:
             lines.append("  as of:    one moment, by an exported snapshot")
         if self.inline:
             lines.append(f"  where:    in this process ({self.inline})")
+        if guards.has_one_writer(self.alias):
+            lines.append("  writes:   one worker, as SQLite has one writer at a time")
         lines += [f"  warning:  {warning}" for warning in self.warnings]
         return "\n".join(lines)
 
@@ -314,6 +351,8 @@ FALLBACKS: dict[Cut, str] = {
     "blocks": "ranges, where rows lie in the order of their keys, or nothing is known of that",
     "keys": "none: what cannot be listed by primary key is refused",
 }
+#: Of how many intervals besides the last one the SQL is kept: a part of a map that comes apart has its own end.
+FEW = 3
 #: What a list of keys knows of a row.
 ROW = Keyset((Term("pk"),))
 #: The correlation of a primary key with where its rows lie from which on it leads to them as fast as they are read.
@@ -376,14 +415,30 @@ def _cut_walk(verb: str, queryset: Rows, options: Options) -> Plan:
     return Plan(queryset.all(), "ranges", why, size, keyset, alias=queryset.db, verb=verb)
 
 
-def plan_map(verb: str, queryset: Rows, options: Options) -> Plan:
-    """Plan a map: chunks in any order, results in the order of the queryset."""
+def plan_map(
+    verb: str,
+    queryset: Rows,
+    options: Options,
+    *,
+    stays: bool = False,
+    writes: tuple[str | None, Session] | None = None,
+) -> Plan:
+    """Plan a map: chunks in any order, results in the order of the queryset. It ``stays`` on the caller's connection
+    where that is what was asked for. Where one that ``writes`` is done is known already, and it may lock its rows.
+    """
     guards.connection_for(queryset.db)
     queryset = at(queryset, queryset.db)
     if options.consistent:
         guards.refuse_without_snapshots(verb, queryset.db)
-    inline, session = guards.where_to_map(verb, queryset)
-    guards.refuse_locks(verb, queryset)
+    inline: str | None = "inline"
+    session = NOTHING
+    if writes is not None:
+        inline, session = writes
+    elif not stays or options.consistent:
+        inline, session = guards.where_to_map(verb, queryset)
+        inline = inline or ("inline" if stays else None)
+    if writes is None:
+        guards.refuse_locks(verb, queryset)
     plan = _cut_map(verb, queryset, options, inline, session)
     consistent = options.consistent and inline != "testcase"
     # A block may have more rows than a number that somebody chose.
@@ -394,8 +449,8 @@ def plan_map(verb: str, queryset: Rows, options: Options) -> Plan:
         may_be_blocks=consistent and free and plan.cut == "ranges" and is_one_table(queryset),
         key_of=None if options.batched else _reader_for(plan.queryset, plan.keyset or ROW),
         # In this process nobody is idle meanwhile, and the same queries are made each time.
-        target_seconds=None if inline else from_settings().TARGET_SECONDS,
-        steers=not (options.has_chunk_size or options.batched),
+        target_seconds=None if inline or writes else from_settings().TARGET_SECONDS,
+        steers=not (options.has_chunk_size or options.batched or writes),
     )
 
 

@@ -36,7 +36,7 @@ def listener_for(progress: Progress, label: str) -> Iterator[Listener | None]:
             yield draw
 
 
-def told(outcomes: Iterable[Outcome], listener: Listener | None, count: Callable[[], int]) -> Iterator[Outcome]:
+def told(outcomes: Iterable[Outcome], listener: Listener | None, count: Callable[[], int | None]) -> Iterator[Outcome]:
     """Yield the outcomes as they are, telling the listener of each. ``count`` is asked once, for a listener only."""
     if listener is None:
         yield from outcomes
@@ -47,6 +47,6 @@ def told(outcomes: Iterable[Outcome], listener: Listener | None, count: Callable
     for outcome in outcomes:
         done += outcome.rows
         # Rows that came in since they were counted: better a total that grows than more than all.
-        total = max(total, done)
+        total = None if total is None else max(total, done)
         listener(done, total)
         yield outcome

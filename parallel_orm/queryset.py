@@ -3,36 +3,42 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping
-from inspect import iscoroutinefunction
-from typing import TYPE_CHECKING, Any, Self, TypeVar, TypeVarTuple, cast
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Self, TypeVar, TypeVarTuple, Unpack, cast
 
-from asgiref.sync import sync_to_async
 from django.core.exceptions import SynchronousOnlyOperation
-from django.db.models import Model, QuerySet, prefetch_related_objects
+from django.db.models import Model, QuerySet
 from django.db.models.query import RawQuerySet
 from django.db.models.sql import Query
 
-from parallel_orm import errors, gather, guards
+from parallel_orm import errors, writes
 from parallel_orm.background import NOTHING_STARTED, Background, Pending, start_read
-from parallel_orm.bonds import as_of_now
-from parallel_orm.keeping import Combined, nothing
-from parallel_orm.mapping import mapping
-from parallel_orm.options import Options, Progress
+from parallel_orm.family import NO_INITIAL, EachKnobs, MapCall, MapKnobs, ReduceKnobs, options_of
+from parallel_orm.fanout import across
+from parallel_orm.keeping import Nothing
+from parallel_orm.options import OnError, Options, Progress
 from parallel_orm.outcomes import Stopwatch
 from parallel_orm.plan import Plan, plan_map, plan_walk, plan_whole
-from parallel_orm.prefetch import prefetch_side_by_side
-from parallel_orm.reads import running
-from parallel_orm.report import AsyncStream, Report, Results, Stream
-from parallel_orm.task import Apply, Work
-from parallel_orm.walk import ChunkRows, as_lists, awaited, awaited_one_by_one, one_by_one, postponed, walk
+from parallel_orm.reading import Call, fill_cache
+from parallel_orm.report import Report
+from parallel_orm.results import AsyncStream, Results, Stream
+from parallel_orm.walk import (
+    ChunkRows,
+    as_lists,
+    awaited,
+    awaited_call,
+    awaited_one_by_one,
+    one_by_one,
+    postponed,
+    walk,
+)
+from parallel_orm.work import Work
+from parallel_orm.workers import Hook
+from parallel_orm.writes import WriteKnobs
 
 M = TypeVar("M", bound=Model, covariant=True)
 Row = TypeVar("Row", covariant=True)
 Result = TypeVar("Result")
-
-#: What ``initial`` of a reduction is that has none.
-NO_INITIAL: Any = object()
 
 if TYPE_CHECKING:
     _RawQuerySet = RawQuerySet[Any]
@@ -90,19 +96,6 @@ class _ResultCache:
 # where the result is used, and once.
 
 
-def fill_cache(rows: Any, clock: Stopwatch) -> tuple[list[Any], int]:
-    """What Django fills the result cache with; where that runs in the background, sibling prefetches side by side."""
-    with clock("database"):
-        found: Any = rows._iterable_class(rows) if isinstance(rows, QuerySet) else rows.iterator()
-        cache = list(found)
-        lookups, read = rows._prefetch_related_lookups, running.get()
-        if lookups and cache and read is not None:
-            prefetch_side_by_side(cache, lookups, read.beside)
-        elif lookups:
-            prefetch_related_objects(cache, *lookups)
-    return cache, len(cache)
-
-
 def count_rows(rows: Any, clock: Stopwatch) -> tuple[int, int]:
     """How many rows."""
     with clock("database"):
@@ -113,25 +106,6 @@ def find_any(rows: Any, clock: Stopwatch) -> tuple[bool, int]:
     """Whether there is any row."""
     with clock("database"):
         return super(ParallelQuerySet, rows).exists(), 0
-
-
-class Call:
-    """What a method of the queryset returns: its own, or that of a derived class."""
-
-    def __init__(self, method: str, *args: Any, **kwargs: Any) -> None:
-        self.method = method
-        self.args: tuple[Any, ...] = as_of_now(args)
-        self.kwargs: dict[str, Any] = as_of_now(kwargs)
-
-    @property
-    def arguments(self) -> tuple[Any, ...]:
-        """All that it is called with."""
-        return *self.args, *self.kwargs.values()
-
-    def __call__(self, rows: Any, clock: Stopwatch) -> tuple[Any, int]:
-        """Call it."""
-        with clock("database"):
-            return getattr(rows, self.method)(*self.args, **self.kwargs), 0
 
 
 #: What each answers too, so that one of those that nobody has begun need not run.
@@ -372,6 +346,38 @@ class ParallelQuerySet(_Startable, QuerySet[M, Row]):
         """Tell whether Django, once there are rows, takes first() from these; get() and last() always ask."""
         return self._is_plain("first") and bool(self.ordered)
 
+    def across(
+        self, *aliases: str, partial: bool = False, timeout: float | None = None, writable: bool = False
+    ) -> Self:
+        """Return this queryset over several databases, which are asked at once and answer as one.
+
+        Lazy, and a queryset: ``filter``, ``order_by``, ``annotate``, ``values``, slices and methods of your own go on
+        to each database. Rows come in the common order, of equal ones those of the alias named first first; without an
+        order, alias by alias. ``count`` adds up, ``exists`` ends with the first yes, ``get`` of two rows on two
+        databases is ``MultipleObjectsReturned``, aggregates and groups are recombined, a slice asks each database for
+        as many rows as it may have of it. ``start_*``, walks and maps are over all. What would need one database, or
+        rows of another one, is refused. Joins, subqueries and prefetches are each database's own.
+
+        Rows know their database (``_state.db``), and ``save()`` goes there. Two rows of one primary key on two
+        databases are equal to Django.
+
+        :param aliases: databases of one kind, names of the setting ``GROUPS``, or ``"all"``: each that its routers let
+            the model be on.
+        :param partial: True: what fails on a database (an error of the database, a timeout) leaves its rows out, and
+            ``missing`` of the queryset has the exception by its alias; where none answers, it is raised all the same.
+        :param timeout: seconds for each database; a query that takes longer is cancelled, and raises
+            :class:`~parallel_orm.errors.DeadlineExceeded`. Not applied to what runs on the caller's connection.
+        :param writable: True: ``update()`` and ``delete()`` write to all, one after the other, and return
+            ``{alias: what Django returns}``.
+        :raises parallel_orm.errors.UnknownAlias: there is no such database or group.
+        :raises parallel_orm.errors.InvalidOption: none was named, or one twice, or they are of several kinds.
+        :raises parallel_orm.errors.UnsupportedQuerySet: when it is used: the answer cannot be had truthfully of several
+            databases, such as an order that they, or Python, would compare otherwise.
+
+        The error of a database names its alias; the queries of the others are cancelled.
+        """
+        return cast("Self", across(self, aliases, partial=partial, timeout=timeout, writable=writable))
+
     def raw(self, *args: Any, **kwargs: Any) -> ParallelRawQuerySet:
         """As Django's ``raw()``; what it returns can ``start_fetch()``, and refuses the other verbs."""
         return ParallelRawQuerySet.of(super().raw(*args, **kwargs))
@@ -444,11 +450,18 @@ class ParallelQuerySet(_Startable, QuerySet[M, Row]):
         processes: int | None = None,
         *,
         threads: int | None = None,
+        executor: Any = None,
         chunk_size: int | None = None,
         ordered: bool = True,
         batched: bool = False,
         skip_none: bool = False,
         progress: Progress = None,
+        init_hook: Hook | None = None,
+        end_hook: Hook | None = None,
+        on_error: OnError = "raise",
+        max_failures: int | None = None,
+        retries: int = 0,
+        timeout: float | None = None,
         consistent: bool = False,
     ) -> Results[Result]:
         """Call ``fn`` with every row, on all cores, and return the results.
@@ -470,6 +483,11 @@ class ParallelQuerySet(_Startable, QuerySet[M, Row]):
         :param processes: how many at once; the setting ``PROCESSES``, else as many as there are cores.
         :param threads: instead of processes, so many threads of this one, for functions that wait more than compute. No
             more of them work at once than the setting ``CONNECTIONS`` allows.
+        :param executor: who does the work: ``"processes"``, ``"threads"``, ``"inline"`` (the caller, on its own
+            connection, in its transaction), a name of the setting ``EXECUTORS``, a dotted path, or any
+            :class:`concurrent.futures.Executor`, whose processes need nothing but to import this package. What is given
+            is not shut down, what is made for the call is. ``processes`` or ``threads`` then tell how many workers it
+            has, where it does not tell itself; they give it no others.
         :param chunk_size: rows a chunk, always as many. By default 1,000 at first, and then as many as follows from the
             time that the last ones took: at most twice as many each time, at least half, and no more than 10,000.
         :param batched: True: ``fn`` is called once for each chunk, with a list of at most ``chunk_size`` rows, 1,000 by
@@ -478,42 +496,65 @@ class ParallelQuerySet(_Startable, QuerySet[M, Row]):
         :param ordered: True: the results of ``[fn(row) for row in self]``, in that order. False: as chunks come in.
         :param progress: True for a bar with rate and time left (the ``progress`` extra), or a callable that is told
             ``(done_rows, total_rows)``. Costs one count.
+        :param init_hook: called with the :class:`~parallel_orm.Worker` by each worker before its first row, to put into
+            ``worker.state`` what is made once; ``fn`` finds it by :func:`~parallel_orm.current_worker`. What it raises
+            ends the call.
+        :param end_hook: called so behind its last row, also where the call fails, but not of a worker that was lost or
+            of an interrupted call; what it returns is in ``report.end_results``. Refused where workers are processes of
+            somebody else's executor.
+        :param on_error: what becomes of a row whose ``fn`` raises an ``Exception``. ``"raise"``: it ends the call.
+            ``"collect"``: a :class:`~parallel_orm.Failure` stands in its place. ``"skip"``: it is left out. The other
+            rows go on; ``report.errors`` has all failures. So it is with each row of a chunk that was lost, or could
+            not be read, and with results that cannot travel.
+        :param max_failures: more of them than this end the call.
+        :param retries: how often ``fn`` is called again for a row that it raised for (read anew, unless a join repeats
+            it, when the rest of its chunk is done), and how often a chunk is sent again whose worker died, ran out of
+            time or lost its connection, with all of its rows. Before each a pause: 0.1 seconds, twice as long each
+            time, 10 at most.
+        :param timeout: seconds for a chunk, from when its worker begins with it. Then its query is cancelled, and a
+            second later its worker process killed. For processes of ours; refused with threads and with executors of
+            others, not applied where the work stays in this process.
         :param consistent: True: all rows as of this call, whatever others write meanwhile; what ``fn`` itself asks is
             as of then. PostgreSQL only: the workers share an exported snapshot, held on one connection more.
         :returns: a list with a ``report``. Two queries a chunk, or part of one: for its end and for its rows; one for
             its rows alone where the queryset is sliced or ordered otherwise than by primary key, with one for all keys.
         :raises Exception: whatever ``fn`` raises first, with its type, notes that name the chunk and the primary key,
             and the worker's traceback as its ``__cause__``. What was not begun is cancelled, what was is waited for.
-        :raises parallel_orm.errors.WorkerDied: a worker process was killed; names the chunk. Nothing is run again.
+            :func:`~parallel_orm.report_of` it is the report so far.
+        :raises parallel_orm.errors.WorkerDied: a worker process was killed; names the chunk. Nothing is run again,
+            unless ``retries`` say so.
+        :raises parallel_orm.errors.ChunkTimedOut: a chunk took longer than its ``timeout``.
+        :raises parallel_orm.errors.TooManyFailures: more rows failed than ``max_failures``.
         :raises parallel_orm.errors.NotPicklable: ``fn``, the queryset or a result cannot travel.
         :raises parallel_orm.errors.UnsupportedQuerySet: no chunks can be cut truthfully; says what to do instead.
         :raises parallel_orm.errors.TransactionRefused: in a transaction whose writes the workers could not see.
-        :raises parallel_orm.errors.InvalidOption: an argument has a value that cannot be used.
+        :raises parallel_orm.errors.InvalidOption: an argument has a value that cannot be used, or that this executor
+            cannot do.
 
         Not promised: a snapshot. Chunks are read one after the other; a row that is changed meanwhile comes as it is
         when its chunk is read. Context variables of the caller's own reach threads, but not processes.
         """
         options = Options(
-            chunk_size, processes, threads, ordered, progress, consistent, batched=batched, skip_none=skip_none
-        ).with_workers()
-        work = Apply(plain_callable(fn), skip_none=skip_none, batched=batched)
-        plan = plan_map("parallel_map", self, options)
-        report = Report(reason=plan.inline)
-        with mapping(plan, work, options, report) as run:
-            return Results(gather.listed(run.outcomes, run.window, ordered=ordered), report)
+            chunk_size=chunk_size,
+            processes=processes,
+            threads=threads,
+            ordered=ordered,
+            progress=progress,
+            consistent=consistent,
+            batched=batched,
+            skip_none=skip_none,
+            executor=executor,
+            on_error=on_error,
+            max_failures=max_failures,
+            retries=retries,
+            timeout=timeout,
+            init_hook=init_hook,
+            end_hook=end_hook,
+        )
+        return MapCall("parallel_map", [self], fn, options).mapped()
 
     def parallel_imap(
-        self,
-        fn: Callable[[Any], Result],
-        processes: int | None = None,
-        *,
-        threads: int | None = None,
-        chunk_size: int | None = None,
-        ordered: bool = True,
-        batched: bool = False,
-        skip_none: bool = False,
-        progress: Progress = None,
-        consistent: bool = False,
+        self, fn: Callable[[Any], Result], processes: int | None = None, **knobs: Unpack[MapKnobs]
     ) -> Stream[Result]:
         """Map as :meth:`parallel_map` does, and return an iterator over the results, in memory for a few chunks.
 
@@ -529,55 +570,23 @@ class ParallelQuerySet(_Startable, QuerySet[M, Row]):
 
         :returns: an iterator with a ``report`` of what was done so far, to be used by one thread.
         """
-        options = Options(
-            chunk_size, processes, threads, ordered, progress, consistent, batched=batched, skip_none=skip_none
-        )
-        report = Report()
-        return Stream(one_by_one(self._streamed("parallel_imap", fn, options, report)), report)
-
-    def _streamed(
-        self, verb: str, fn: Callable[[Any], Result], options: Options, report: Report
-    ) -> Generator[list[Result]]:
-        options = options.with_workers()
-        work = Apply(plain_callable(fn), skip_none=options.skip_none, batched=options.batched)
-        plan = plan_map(verb, self, options)
-        report.reason = plan.inline
-
-        def lists() -> Generator[list[Result]]:
-            if plan.inline is None:
-                guards.where_to_map(verb, plan.queryset)  # refuses what was written since the call
-            with mapping(plan, work, options, report) as run:
-                yield from gather.streamed(run.outcomes, run.window, run.supply, ordered=options.ordered)
-
-        return lists()
+        call = MapCall("parallel_imap", [self], fn, options_of("parallel_imap", MapKnobs, processes, knobs))
+        return Stream(one_by_one(call.streamed()), call.report)
 
     def parallel_each(
-        self,
-        fn: Callable[[Any], object],
-        processes: int | None = None,
-        *,
-        threads: int | None = None,
-        chunk_size: int | None = None,
-        batched: bool = False,
-        progress: Progress = None,
-        consistent: bool = False,
+        self, fn: Callable[[Any], object], processes: int | None = None, **knobs: Unpack[EachKnobs]
     ) -> Report:
         """Call ``fn`` with every row, on all cores, for what it does; what it returns is dropped where it runs.
 
-        As :meth:`parallel_map`, with its arguments and exceptions; no result travels, and the caller needs no memory.
-        Rows are done in no order.
+        As :meth:`parallel_map`, with its exceptions, and its arguments but ``ordered`` and ``skip_none``; no result
+        travels, and the caller needs no memory. Rows are done in no order. ``on_error="collect"`` and ``"skip"`` mean
+        the same.
 
+        :param keys: True: the report has the primary keys of all rows that succeeded, as the chunks came in.
         :returns: the report.
         """
-        options = Options(
-            chunk_size, processes, threads, ordered=False, progress=progress, consistent=consistent, batched=batched
-        ).with_workers()
-        work = Apply(plain_callable(fn), nothing, batched=batched)
-        plan = plan_map("parallel_each", self, options)
-        report = Report(reason=plan.inline)
-        with mapping(plan, work, options, report) as run:
-            gather.drained(run.outcomes, run.window)
-        return report
+        options = options_of("parallel_each", EachKnobs, processes, knobs, ordered=False)
+        return MapCall("parallel_each", [self], fn, options, Nothing).seen_through()
 
     def parallel_reduce(
         self,
@@ -585,72 +594,185 @@ class ParallelQuerySet(_Startable, QuerySet[M, Row]):
         combine: Callable[[Result, Result], Result],
         initial: Result = NO_INITIAL,
         processes: int | None = None,
-        *,
-        threads: int | None = None,
-        chunk_size: int | None = None,
-        batched: bool = False,
-        skip_none: bool = False,
-        progress: Progress = None,
-        consistent: bool = False,
+        **knobs: Unpack[ReduceKnobs],
     ) -> Result:
         """Return ``functools.reduce(combine, map(fn, rows), initial)``, on all cores.
 
         The results of a chunk are combined where they are made, so one value a chunk travels; those of the chunks then
         here, in the order of the queryset. ``combine`` must be associative, as ``operator.add`` is: which neighbours
         are combined first is not said. It need not be commutative. Other arguments and exceptions are those of
-        :meth:`parallel_map`.
+        :meth:`parallel_map`, but for ``ordered``. ``on_error="collect"`` is refused; rows that ``"skip"`` leaves out
+        are logged, as there is no report.
 
         :param initial: combined once, in front of all others; what comes back where there are no results.
         :raises TypeError: there are no results, and no ``initial``.
         """
-        options = Options(
-            chunk_size, processes, threads, True, progress, consistent, batched=batched, skip_none=skip_none
-        ).with_workers()
-        work = Apply(plain_callable(fn), Combined(plain_callable(combine)), skip_none, batched)
-        plan = plan_map("parallel_reduce", self, options)
-        with mapping(plan, work, options, Report(reason=plan.inline)) as run:
-            values = gather.streamed(run.outcomes, run.window, run.supply, ordered=True)
-            reduced = gather.reduced(values, combine, [] if initial is NO_INITIAL else [initial])
-        if not reduced:
-            raise TypeError("parallel_reduce() of no results, without an initial value")
-        value: Result = reduced[0]
-        return value
+        options = options_of("parallel_reduce", ReduceKnobs, processes, knobs)
+        reduced: Result = MapCall.of_a_reduction("parallel_reduce", [self], fn, combine, options).reduced(initial)
+        return reduced
+
+    def parallel_create(
+        self,
+        items: Iterable[Any],
+        make: Callable[[Any], Any] | None = None,
+        processes: int | None = None,
+        **knobs: Unpack[WriteKnobs],
+    ) -> Report:
+        """Create a row for each item, on all cores, by ``save()``: with its signals, relations and parents.
+
+        Items are taken as they are needed: a generator of millions costs no memory. Chunks of them go to workers, and
+        each is one transaction on a connection of theirs, so a chunk costs one commit. ``on_commit()`` fires then.
+
+        :param items: instances that are not saved, dictionaries (many-to-many relations too, as lists), or whatever
+            ``make`` takes.
+        :param make: makes an instance of an item, in the worker, within the transaction. The instance is saved, unless
+            ``make`` has saved it. It may be called again for an item whose chunk is done again.
+        :param processes: as for :meth:`parallel_map`, and so are ``threads``, ``executor``, ``progress``, the hooks,
+            ``timeout``. SQLite has one writer at a time, so there is one worker.
+        :param chunk_size: rows a transaction, 1,000 by default.
+        :param mode: ``"save"``: ``save(force_insert=True)`` of each, as ``create()`` does it. ``"bulk"``: ``pre_save``
+            of each, then bulk SQL, then ``post_save`` of each: the order is the one difference, but that ``save()`` of
+            your own is not called. What bulk SQL cannot do truthfully is saved one by one.
+        :param full_clean: True: each instance is validated before, by ``full_clean()``.
+        :param on_error: ``"raise"``: the first error undoes its chunk and ends the call; chunks before stay, and those
+            at work are seen to their end. ``"collect"`` and ``"skip"``: the chunk is undone and done in parts until the
+            guilty rows stand alone; all others are written, and ``report.errors`` has index, item and error of each
+            guilty one. Signals of what was undone have been sent, and are sent again.
+        :param max_failures: more of them than this end the call.
+        :param retries: how often a row that fails alone is tried again, and a chunk that was lost, where it is known
+            not to be in the database. Chunks that collide with others (deadlocks, serialization) are begun anew in any
+            case, up to eight times.
+        :param keys: True: ``report.keys`` has the primary keys, chunk by chunk as they came in.
+        :param run_id: a name for this run. Each chunk is then recorded in its own transaction, so a second call with
+            the same name, items and order does exactly what is left, whatever ended the first, ``kill -9`` too. Needs
+            ``"parallel_orm"`` in ``INSTALLED_APPS``, and its tables.
+        :returns: the report. Instances that were given have their primary keys then, and no other value that the
+            database made.
+        :raises Exception: what a row raised, with its type and a note that names the item. ``report_of()`` it tells
+            exactly what is in the database: ``succeeded`` rows are. What ``items`` raises comes when all before it is
+            written.
+        :raises parallel_orm.errors.TransactionRefused: in a transaction, unless ``executor="inline"``, which writes in
+            it, on its connection.
+        :raises parallel_orm.errors.BadItem: an item is neither instance nor dictionary, ``make`` returned None or
+            another model, or an instance was saved before.
+        :raises parallel_orm.errors.WorkerDied: a worker was killed. Its chunk is in the database as a whole, or not at
+            all; ``report_of(error).unknown`` names it, unless a ``run_id`` tells.
+        :raises parallel_orm.errors.RunRefused: the ``run_id`` is that of another call, its tables are missing, or it is
+            under way.
+        """
+        return writes.create("parallel_create", self, items, make, processes, knobs)
+
+    def parallel_update_or_create(
+        self,
+        items: Iterable[Any],
+        unique_fields: Sequence[str],
+        make: Callable[[Any], Any] | None = None,
+        processes: int | None = None,
+        **knobs: Unpack[WriteKnobs],
+    ) -> Report:
+        """Call ``update_or_create()`` for each item, on all cores; ``unique_fields`` find the row that may be there.
+
+        Items are dictionaries, or instances that are not saved, as they are or as ``make`` makes them: all of their
+        columns count then. Two items for one row are one after the other only where they are in one chunk. Else as
+        :meth:`parallel_create`, without ``mode`` and ``full_clean``. ``report.counts`` has how many were "created" and
+        "updated".
+        """
+        return writes.update_or_create("parallel_update_or_create", self, items, unique_fields, make, processes, knobs)
+
+    def parallel_update(
+        self,
+        fn: Callable[[Any], Any],
+        fields: Iterable[str] | None = None,
+        processes: int | None = None,
+        **knobs: Unpack[WriteKnobs],
+    ) -> Report:
+        """Have ``fn`` change every row, on all cores, and save what it changed, by ``save(update_fields=)``.
+
+        ``fn(row)`` changes the row, or returns a dictionary of what is to be changed (many-to-many relations too, as
+        lists). The fields that have other values then are saved, with those that each save sets (``auto_now``); rows
+        that did not change are not written, and count as ``skipped``. Rows go by primary key, a chunk is one
+        transaction, in which they are read too.
+
+        While others write: the last one to write a field wins. ``select_for_update()`` on the queryset has each chunk
+        lock its rows until they are saved.
+
+        :param fields: the only fields that may be saved; None: whatever changed.
+        :param mode: ``"bulk"``: ``pre_save`` of each row, then ``bulk_update()``, then ``post_save`` of each.
+
+        Other arguments, and what is raised, are those of :meth:`parallel_create`.
+
+        :returns: the report.
+        :raises django.db.DatabaseError: a row was deleted meanwhile, as ``save(update_fields=)`` says it.
+        :raises parallel_orm.errors.BadItem: ``fn`` returned something else, or changed the primary key.
+        :raises parallel_orm.errors.UnsupportedQuerySet: rows are values, or cannot be cut.
+        """
+        return writes.update("parallel_update", self, fn, fields, processes, knobs)
+
+    def parallel_delete(self, processes: int | None = None, **knobs: Unpack[WriteKnobs]) -> Report:
+        """Delete every row, on all cores, by Django's ``delete()`` for each chunk: with cascades and signals.
+
+        Each chunk is one transaction. What protects a row is judged chunk by chunk: a row that another one of the
+        queryset protects cannot be deleted before that. Arguments, and what is raised, are those of
+        :meth:`parallel_create`, without ``mode`` and ``full_clean``.
+
+        :returns: the report; ``report.counts`` has the rows deleted by model, as ``delete()`` tells.
+        """
+        return writes.delete("parallel_delete", self, processes, knobs)
+
+    async def aparallel_create(self, items: Iterable[Any], *args: Any, **kwargs: Any) -> Report:
+        """Create as :meth:`parallel_create` does; waits for it in the thread that Django's async methods use."""
+        return await awaited_call(self.parallel_create)(items, *args, **kwargs)
+
+    async def aparallel_update_or_create(self, items: Iterable[Any], *args: Any, **kwargs: Any) -> Report:
+        """Write as :meth:`parallel_update_or_create` does; waits in the thread that Django's async methods use."""
+        return await awaited_call(self.parallel_update_or_create)(items, *args, **kwargs)
+
+    async def aparallel_update(self, fn: Callable[[Any], Any], *args: Any, **kwargs: Any) -> Report:
+        """Update as :meth:`parallel_update` does; waits for it in the thread that Django's async methods use."""
+        return await awaited_call(self.parallel_update)(fn, *args, **kwargs)
+
+    async def aparallel_delete(self, *args: Any, **kwargs: Any) -> Report:
+        """Delete as :meth:`parallel_delete` does; waits for it in the thread that Django's async methods use."""
+        return await awaited_call(self.parallel_delete)(*args, **kwargs)
+
+    for _each in (
+        parallel_create,
+        parallel_update_or_create,
+        parallel_update,
+        parallel_delete,
+        aparallel_create,
+        aparallel_update_or_create,
+        aparallel_update,
+        aparallel_delete,
+    ):
+        setattr(_each, "alters_data", True)  # noqa: B010 - as Django has it
+    parallel_delete.queryset_only = True  # type: ignore[attr-defined]
+    aparallel_delete.queryset_only = True  # type: ignore[attr-defined]
+    del _each
 
     async def aparallel_map(self, fn: Callable[[Any], Result], *args: Any, **kwargs: Any) -> Results[Result]:
         """Map as :meth:`parallel_map` does; waits for it in the thread that Django's async methods use."""
-        return await sync_to_async(self.parallel_map)(fn, *args, **kwargs)
+        return await awaited_call(self.parallel_map)(fn, *args, **kwargs)
 
     def aparallel_imap(
-        self,
-        fn: Callable[[Any], Result],
-        processes: int | None = None,
-        *,
-        threads: int | None = None,
-        chunk_size: int | None = None,
-        ordered: bool = True,
-        batched: bool = False,
-        skip_none: bool = False,
-        progress: Progress = None,
-        consistent: bool = False,
+        self, fn: Callable[[Any], Result], processes: int | None = None, **knobs: Unpack[MapKnobs]
     ) -> AsyncStream[Result]:
         """Map as :meth:`parallel_imap` does, for ``async for``; what it refuses it refuses at the first row.
 
         It waits for chunks in the thread that Django's async methods use.
         """
-        options = Options(
-            chunk_size, processes, threads, ordered, progress, consistent, batched=batched, skip_none=skip_none
-        )
+        options = options_of("aparallel_imap", MapKnobs, processes, knobs)
         report = Report()
-        lists = postponed(lambda: self._streamed("aparallel_imap", fn, options, report))
+        lists = postponed(lambda: MapCall("aparallel_imap", [self], fn, options, report=report).streamed())
         return AsyncStream(awaited_one_by_one(lists), report)
 
     async def aparallel_each(self, fn: Callable[[Any], object], *args: Any, **kwargs: Any) -> Report:
         """Do as :meth:`parallel_each` does; waits for it in the thread that Django's async methods use."""
-        return await sync_to_async(self.parallel_each)(fn, *args, **kwargs)
+        return await awaited_call(self.parallel_each)(fn, *args, **kwargs)
 
     async def aparallel_reduce(self, fn: Callable[[Any], Result], *args: Any, **kwargs: Any) -> Result:
         """Reduce as :meth:`parallel_reduce` does; waits for it in the thread that Django's async methods use."""
-        reduced: Result = await sync_to_async(self.parallel_reduce)(fn, *args, **kwargs)
+        reduced: Result = await awaited_call(self.parallel_reduce)(fn, *args, **kwargs)
         return reduced
 
     def explain_plan(
@@ -713,6 +835,14 @@ class ParallelRawQuerySet(_Startable, _RawQuerySet):
         """Refused, as :meth:`parallel_map` is."""
         raise self._refusal("parallel_imap")
 
+    def parallel_update(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused, as :meth:`parallel_map` is."""
+        raise self._refusal("parallel_update")
+
+    def parallel_delete(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused, as :meth:`parallel_map` is."""
+        raise self._refusal("parallel_delete")
+
     def parallel_each(self, *args: Any, **kwargs: Any) -> Any:
         """Refused, as :meth:`parallel_map` is."""
         raise self._refusal("parallel_each")
@@ -720,6 +850,10 @@ class ParallelRawQuerySet(_Startable, _RawQuerySet):
     def parallel_reduce(self, *args: Any, **kwargs: Any) -> Any:
         """Refused, as :meth:`parallel_map` is."""
         raise self._refusal("parallel_reduce")
+
+    def across(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: rows of SQL of the user's own cannot be merged."""
+        raise self._refusal("across", "it is raw SQL, whose rows nobody can merge")
 
     aparallel_map, aparallel_imap = parallel_map, parallel_imap
     aparallel_each, aparallel_reduce = parallel_each, parallel_reduce
@@ -741,13 +875,6 @@ class ParallelRawQuerySet(_Startable, _RawQuerySet):
             problem,
             "Use start_fetch(), or filter the model by a subquery: filter(pk__in=RawSQL(...)).",
         )
-
-
-def plain_callable(fn: Any) -> Any:
-    """Return a function that can be called in a worker, or refuse it."""
-    if not callable(fn) or iscoroutinefunction(fn):
-        raise errors.not_callable(fn)
-    return fn
 
 
 Querysets = TypeVarTuple("Querysets")

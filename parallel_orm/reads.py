@@ -37,8 +37,10 @@ from parallel_orm.outcomes import Landing, Outcome, Stopwatch, note
 from parallel_orm.plan import plan_whole
 from parallel_orm.seen import is_watched, show
 from parallel_orm.session import NOTHING, Session, Tenant
-from parallel_orm.task import Task, Work, as_worker
+from parallel_orm.task import Task
 from parallel_orm.watch import Reading, Said, here, watch_of
+from parallel_orm.work import Work
+from parallel_orm.workers import as_worker
 
 PACKAGE = str(Path(__file__).parent) + os.sep
 

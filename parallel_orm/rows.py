@@ -8,7 +8,7 @@ the driver gave.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from typing import Any
 
@@ -19,7 +19,7 @@ from django.db.models.query import ModelIterable, RelatedPopulator
 from parallel_orm import collector
 from parallel_orm.identity import VALUES
 from parallel_orm.makers import Maker, is_djangos_own, is_written_in, maker_of
-from parallel_orm.moments import read_moments_fast
+from parallel_orm.moments import Reader, leave_moments, readers_of, tuples_of
 
 DJANGOS = (ModelIterable, *VALUES)
 #: Fewer rows than this are not worth a function of their own.
@@ -67,35 +67,43 @@ def read(queryset: Any) -> Unmade | list[Any]:
 class Opened:
     """A query that has been run, and whose rows may still be with the driver. Any thread may take them."""
 
-    def __init__(self, queryset: Any) -> None:
+    def __init__(self, queryset: Any, sending: Callable[[], object] = lambda: None) -> None:
+        """``sending`` is called when nothing is left to do but to send the query."""
         self._queryset = queryset
         self._compiler = queryset.query.get_compiler(using=queryset.db)
-        self._cursor, self._rows = _execute(self._compiler)
+        self._cursor, self._rows = _execute(self._compiler, sending)
+        self._readers: dict[int, Reader] = {}
 
     def fetch(self) -> None:
         """Take the rows from the driver."""
         if self._cursor is None:
             return
         with self._cursor as cursor:
+            readers = readers_of(cursor)
             self._rows = list(cursor.fetchall())
         self._cursor = None
+        width = self._compiler.col_count
         if self._compiler.has_extra_select:  # columns that only the order needs
-            self._rows = [row[: self._compiler.col_count] for row in self._rows]
+            self._rows = [row[:width] for row in self._rows]
+        self._readers = {place: reader for place, reader in readers.items() if place < width}
 
     def rows(self) -> Unmade | list[Any]:
         """Return them, as :func:`read` does."""
         self.fetch()
         queryset, rows = self._queryset, self._rows
-        make = maker_of(queryset, self._compiler) if len(rows) >= FEW else None
+        make = maker_of(queryset, self._compiler, self._readers) if len(rows) >= FEW else None
         if make is not None and not queryset._prefetch_related_lookups:
             return Unmade(rows, make)
-        made = list(_as_django_makes(queryset, self._compiler, rows)) if make is None else listed(Unmade(rows, make))
+        if make is not None:
+            made = listed(Unmade(rows, make))
+        else:
+            made = list(_as_django_makes(queryset, self._compiler, tuples_of(rows, self._readers)))
         queryset._result_cache = made
         queryset._fetch_all()  # what is left of it are prefetches
         return made
 
 
-def _execute(compiler: Any) -> tuple[Any, list[Any]]:
+def _execute(compiler: Any, sending: Callable[[], object]) -> tuple[Any, list[Any]]:
     """Return a cursor that has run the query, as ``execute_sql()`` runs it, and no rows; or no cursor, and the rows."""
     if not is_written_in(type(compiler).execute_sql, "django.db.models.sql.compiler"):
         # Somebody listens there, or answers: a profiler, a cache.
@@ -108,7 +116,8 @@ def _execute(compiler: Any) -> tuple[Any, list[Any]]:
         return None, []
     cursor = compiler.connection.cursor()
     try:
-        read_moments_fast(compiler.connection, cursor)
+        leave_moments(compiler.connection, cursor)
+        sending()
         cursor.execute(sql, params)
     except BaseException:
         cursor.close()

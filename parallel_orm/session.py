@@ -80,10 +80,14 @@ class Session:
                 yield
         else:
             wrapper.ensure_connection()
-            if self.values:
-                refuse_pooler(wrapper)
-            self._replay(wrapper, "false")
+            self.replay(wrapper)
             yield
+
+    def replay(self, wrapper: BaseDatabaseWrapper) -> None:
+        """Have it for as long as the connection is open."""
+        if self.values:
+            refuse_pooler(wrapper)
+        self._replay(wrapper, "false")
 
     def _replay(self, wrapper: BaseDatabaseWrapper, local: str) -> None:
         try:

@@ -250,7 +250,7 @@ _ENDS = Trace(ends=True)
 _WRITING = _words(
     """
     insert update delete merge replace truncate vacuum analyze alter drop create comment grant revoke refresh
-    reindex optimize checkpoint notify copy
+    reindex cluster optimize checkpoint notify copy
     """
 )
 _NEUTRAL = _words(

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Generator
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
 from contextlib import aclosing, closing
 from typing import Any, TypeVar
 
 from asgiref.sync import sync_to_async
 from django.db import connections
 
-from parallel_orm.ahead import Ahead, Effort, helps, may_read_ahead
+from parallel_orm.ahead import Ahead, Effort, helps, is_idle, may_read_ahead
 from parallel_orm.chunks import Chunk
 from parallel_orm.outcomes import note
 from parallel_orm.plan import Plan
@@ -17,6 +17,7 @@ from parallel_orm.rows import Unmade, listed, read
 from parallel_orm.snapshots import snapshot_of
 
 Item = TypeVar("Item")
+Result = TypeVar("Result")
 #: The rows of a chunk: in a list, or made when they are asked for.
 ChunkRows = Unmade | list[Any]
 
@@ -47,7 +48,7 @@ def walk(plan: Plan) -> Generator[ChunkRows]:
                 if is_quiet and helps(reading, using) and may_read_ahead(plan):
                     chunk = chunk or next(chunks, None)
                     if chunk is not None:
-                        ahead = Ahead(plan, chunk)
+                        ahead = Ahead(plan, chunk, idle=is_idle(reading, using))
                 with using:
                     if rows:
                         yield rows
@@ -82,11 +83,18 @@ def rest_of(plan: Plan, chunk: Chunk, rows: ChunkRows) -> Chunk | None:
 PAGE = 2_000_000
 #: Rows that a page has at least, and at most, where nobody said how many.
 LEAST, MOST = 100, 10_000
+#: How much smaller than another one a number may be that is about as large.
+ABOUT = 0.9
 
 
 def as_large(limit: int, size: float) -> int:
-    """Return how many rows the next page is to have, if those of this one, ``limit``, are ``size`` bytes each."""
+    """Return how many rows the next page is to have, if those of this one, ``limit``, are ``size`` bytes each.
+
+    As many as this one where that is about right: so it has the same SQL.
+    """
     wanted = max(LEAST, min(MOST, int(PAGE / size)))
+    if limit * ABOUT <= wanted <= limit / ABOUT:
+        return limit
     return max(limit // 2, min(limit * 2, wanted))
 
 
@@ -109,6 +117,18 @@ def one_by_one(chunks: Generator[ChunkRows]) -> Generator[Any]:
         for rows in chunks:
             yield from rows
             del rows
+
+
+def awaited_call(call: Callable[..., Result]) -> Callable[..., Coroutine[Any, Any, Result]]:
+    """Return the same for a coroutine to wait for; it is made in the thread of Django's async code."""
+
+    def make(*args: Any, **kwargs: Any) -> Result:
+        try:
+            return call(*args, **kwargs)
+        except StopIteration as stop:  # which no future takes: its coroutine would wait for ever
+            raise RuntimeError("coroutine raised StopIteration") from stop
+
+    return sync_to_async(make)
 
 
 async def awaited(chunks: Generator[list[Any]]) -> AsyncGenerator[list[Any]]:

@@ -139,6 +139,8 @@ class Watch:
         connection: Any = self.wrapper.connection
         self._begin(connection, self.wrapper.run_on_commit)
         self.thread_id = connection.thread_id() if self.wrapper.vendor == "mysql" else None
+        if self.given.values and self.reading is None:  # a function's connection was lost under it, and opened anew
+            self.given.replay(self.wrapper)
 
     def hear(self, sql: Any, params: Any = None) -> None:
         """Take note of a statement before it is executed, and have it wait if reads must be done before."""

@@ -10,15 +10,23 @@ A test that asks for none of them, and is not a Django ``TestCase``, can't conne
 A test of a database that is not reachable is skipped, saying why; with
 ``PARALLEL_ORM_REQUIRE=postgres,mariadb`` it fails instead, and so does a run in
 which no test of a required kind ran.
+
+Of a test with the mark ``pairs`` not all that its parameters make together runs, but
+enough for each pair of their values; and of databases with executors (``on``), or with
+what else the mark names, all of these on one database, and one on each of the others; but
+those with the mark ``everywhere``.
+``PARALLEL_ORM_TESTS=all`` runs all.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
 import sqlite3
 import tempfile
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +34,7 @@ from typing import Any
 import pytest
 
 from tests.databases import KINDS, Databases
+from tests.pairs import enough
 
 _run = pytest.StashKey["Run"]()
 
@@ -84,6 +93,31 @@ class Run:
             marks = {mark.name for mark in item.iter_markers()}
             self.kinds[item.nodeid] = marks & set(KINDS.values())
 
+    @pytest.hookimpl(specname="pytest_collection_modifyitems", trylast=True)  # of what was chosen
+    def pytest_leave_out(self, config: pytest.Config, items: list[pytest.Function]) -> None:
+        if os.environ.get("PARALLEL_ORM_TESTS") == "all":
+            return
+        products = defaultdict(list)
+        for item in items:
+            mark = item.get_closest_marker("pairs")
+            if mark is None or not hasattr(item, "callspec") or item.get_closest_marker("everywhere"):
+                continue
+            if self.databases.is_reachable(item.callspec.params.get("alias", "default")):
+                products[item.parent, item.originalname, ("on", *mark.args)].append(item)
+        left_out: set[pytest.Item] = set()
+        for (_, name, apart), product in products.items():
+            product.sort(key=lambda item: item.callspec.id)
+            kept = enough([_values(item) for item in product], name, apart)
+            left_out |= {item for number, item in enumerate(product) if number not in kept}
+        if left_out:
+            config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+            items[:] = [item for item in items if item not in left_out]
+
+    def pytest_collection_finish(self) -> None:
+        # What is there before the first test stays to the end: no collection need look at it again.
+        gc.collect()
+        gc.freeze()
+
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Any:
         try:
@@ -121,6 +155,17 @@ def _asked_for(item: pytest.Item) -> set[str]:
     """The aliases that a test names; those of the fixture ``alias`` carry their own marks."""
     fixtures: list[str] = getattr(item, "fixturenames", [])
     return {name for name in fixtures if name in KINDS} | _of_test_case(item)
+
+
+def _values(item: pytest.Function) -> dict[str, Any]:
+    """Of each parameter which one it is; those that are given together are one."""
+    params = item.callspec.params
+    together = {name: [name] for name in params}
+    for mark in item.iter_markers("parametrize"):
+        names = mark.args[0].split(",") if isinstance(mark.args[0], str) else mark.args[0]
+        together |= {name.strip(): [each.strip() for each in names] for name in names}
+    values: dict[str, Any] = {names[0]: tuple(id(params[name]) for name in names) for names in together.values()}
+    return values | {name: value for name, value in params.items() if name == "alias"}
 
 
 def _of_test_case(item: pytest.Item) -> set[str]:
@@ -166,9 +211,10 @@ def _configure_hypothesis() -> None:
 def _threads_are_free() -> Iterator[None]:
     """What a test started and never used is done before the next one begins, and no thread seems busy to that."""
     yield
-    from tests.threads import all_done
+    from tests.threads import all_done, async_thread_closed
 
     all_done()
+    async_thread_closed()
 
 
 @pytest.fixture

@@ -15,8 +15,9 @@ from django.test import override_settings
 from django.test.utils import CaptureQueriesContext
 
 from parallel_orm import events
-from parallel_orm.ahead import Ahead, Effort, helps
+from parallel_orm.ahead import Ahead, Effort, Opening, helps, is_idle
 from parallel_orm.connections import lender
+from parallel_orm.outcomes import Stopwatch
 from parallel_orm.rows import Opened
 from tests.testapp.models import Article
 
@@ -190,6 +191,15 @@ def test_it_helps_where_one_waits_and_the_other_is_busy():
     assert not helps(Effort(), Effort())
 
 
+def test_whoever_waits_for_long_enough_is_idle():
+    working, waiting, hurried = effort(1.0, 0.9), effort(1.0, 0.1), effort(0.01, 0.0)
+    reading = effort(0.1, 0.05)
+    assert is_idle(reading, waiting)
+    assert not is_idle(reading, working)
+    assert not is_idle(reading, hurried)
+    assert not is_idle(Effort(), Effort())
+
+
 def test_an_effort_tells_waiting_from_being_busy():
     waiting, busy, known = Effort(), Effort(), Effort(is_busy=True)
     with waiting, known:
@@ -211,12 +221,46 @@ def test_what_is_stale_is_dropped(articles, alias):
     assert ahead.rows() is None
 
 
+def test_the_next_query_is_on_its_way_before_this_page_is_used(articles, monkeypatch):
+    """It is waited for: else the thread would first come to it when the loop is done with this page."""
+    monkeypatch.setattr("parallel_orm.ahead.MOMENT", WAIT)
+    begun = threading.Event()
+    opened_by = Opened.__init__
+
+    def tell_and_open(self, queryset, sending):
+        begun.set()
+        opened_by(self, queryset, sending)
+
+    monkeypatch.setattr(Opened, "__init__", tell_and_open)
+    plan = articles.order_by("pk").explain_plan(10, walk=True)
+    ahead = Ahead(plan, next(plan.chunks()))
+    assert begun.is_set()
+    assert [article.rank for article in ahead.rows()] == list(range(10))
+
+
+def test_it_is_told_before_a_query_is_sent(articles, alias):
+    sent = []
+    with CaptureQueriesContext(connections[alias]) as queries:
+        opened = Opened(articles.order_by("pk"), lambda: sent.append(len(queries)))
+    assert (sent, len(queries)) == ([0], 1)
+    assert len(opened.rows()) == 50
+
+
+@pytest.mark.parametrize("idle", [False, True])
+def test_a_loop_that_waits_is_spared_the_tuples(postgres, monkeypatch, idle):
+    monkeypatch.setattr("parallel_orm.connections.under_test", lambda: False)
+    opened, _ = Opening(idle=idle)(Article.objects.using(postgres), Stopwatch())
+    assert (opened._cursor is None) is idle
+    assert opened.rows() == []
+
+
 @pytest.mark.parametrize("connection", ["kept open", "closed meanwhile", "closed at once"])
 def test_an_answer_waits_with_the_driver(articles, postgres, heard, monkeypatch, connection):
     """What ran the query has given its connection back; where that is closed, the rows are read again, here."""
     Article.objects.using(postgres).bulk_create(Article(name="x", rank=n) for n in range(500))
     if connection != "closed at once":  # as in every test
         monkeypatch.setattr("parallel_orm.connections.under_test", lambda: False)
+    monkeypatch.setattr("parallel_orm.walk.is_idle", lambda reading, using: False)
     fetched = []
     fetch = Opened.fetch
 

@@ -607,7 +607,10 @@ def postgres_activity(request, alias):
 
     def count():
         with connections[alias].cursor() as cursor:
-            cursor.execute("SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()")
+            cursor.execute(
+                "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
+                " AND backend_type = 'client backend'"
+            )
             return cursor.fetchone()[0]
 
     return count

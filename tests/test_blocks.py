@@ -216,7 +216,8 @@ def test_rows_larger_than_a_block(shelf, postgres, in_any_case):
 def test_where_rows_lie_in_the_order_of_their_keys_ranges_are_as_fast(postgres):
     articles = Article.objects.using(postgres)
     articles.bulk_create(Article(rank=n) for n in range(500))
-    run(postgres, "VACUUM FULL testapp_article", "ANALYZE testapp_article")
+    # Deleted rows of earlier tests may have left holes, which these rows fill in any order.
+    run(postgres, "CLUSTER testapp_article USING testapp_article_pkey", "ANALYZE testapp_article")
     assert heap_of(postgres, Article).correlation == 1
     assert settled(articles).cut == "ranges"
     assert sorted(mapped(articles)) == keys(articles)

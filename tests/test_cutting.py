@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from dataclasses import replace
+from itertools import cycle
 
 import pytest
 from hypothesis import given
@@ -27,6 +28,21 @@ def jumper(keys: list[int]):
     return jump
 
 
+def looker(keys: list[int]):
+    """What the database answers: the keys behind ``after``, so many of them."""
+
+    def look(after, last, number):
+        start = 0 if after is None else bisect_right(keys, after[0])
+        return [(key,) for key in keys[start : start + number] if key <= last[0]]
+
+    return look
+
+
+def cut_in_sizes(ends, sizes, jump):
+    asked = cycle(sizes)
+    return list(cutting.by_jumps("default", ends, lambda: next(asked), jump))
+
+
 def holds(chunk: Chunk, key: int) -> bool:
     return (chunk.after is None or key > chunk.after[0]) and (chunk.until is None or key <= chunk.until[0])
 
@@ -48,6 +64,34 @@ def test_jumps_cut_evenly(keys, size):
     sizes = [sum(holds(chunk, key) for key in keys) for chunk in chunks]
     assert all(number == size for number in sizes[:-1])
     assert 0 < sizes[-1] <= size
+
+
+@given(keys=sorted_keys, sizes=st.lists(st.integers(1, 9), min_size=1, max_size=9), data=st.data())
+def test_keys_that_are_looked_up_at_once_cut_as_jumps_do(keys, sizes, data):
+    """However the size changes from chunk to chunk, and where keys are equal."""
+    ends = [(end,) for end in sorted({*data.draw(st.lists(st.sampled_from(keys), max_size=2)), keys[-1]})]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cutting, "FEW_ROWS", 8)
+        patch.setattr(cutting, "KEYS_AT_ONCE", 10)
+        chunks = cut_in_sizes(ends, sizes, cutting.Lookout(jumper(keys), looker(keys)))
+    assert chunks == cut_in_sizes(ends, sizes, jumper(keys))
+
+
+def test_one_look_is_for_many_small_chunks():
+    keys = list(range(5_000))
+    looked = []
+
+    def look(after, last, number):
+        looked.append(after)
+        return looker(keys)(after, last, number)
+
+    jump = cutting.Lookout(jumper(keys), look)
+    chunks = list(cutting.by_jumps("default", [(keys[-1],)], lambda: 20, jump))
+    assert [sum(holds(chunk, key) for key in keys) for chunk in chunks] == [20] * 250
+    assert looked == [None, (999,), (1999,), (2999,), (3999,)]
+    looked.clear()
+    list(cutting.by_jumps("default", [(keys[-1],)], lambda: 250, jump))
+    assert looked == [], "a jump over many rows is cheaper than all keys between"
 
 
 def test_jumps_are_lazy():
@@ -106,7 +150,7 @@ def test_however_a_chunk_comes_apart_its_parts_stand_in_order(keys, as_list, dat
         if left := held[number:]:
             waiting.append(part.left(left, (held[number - 1],), lambda key: (key,)))
     assert [key for place in sorted(done) for key in done[place]] == keys
-    assert {place[0] for place in done} == {3}
+    assert {place[:2] for place in done} == {(0, 3)}
 
 
 @pytest.mark.parametrize("chunk", [Chunk(0, "default", keys=(1, 2, 3)), Chunk(0, "default", until=(3,))], ids=str)

@@ -31,7 +31,7 @@ def some_chunks(number: int):
 
 def planned(chunks):
     """A supply of chunks that never come apart."""
-    return Supply(chunks, Pace(1), lambda chunk, rows: (chunk, None))
+    return Supply(chunks, [Pace(1)], lambda chunk, rows: (chunk, None))
 
 
 def one(chunk: Chunk) -> Outcome:
@@ -121,7 +121,7 @@ def test_a_lost_worker_names_its_chunk():
         future.set_exception(WorkerDied(42, -9))
         return future
 
-    (outcome,) = dispatch(planned(some_chunks(1)), send, Window(1), label="shop.Order")
+    (outcome,) = dispatch(planned(some_chunks(1)), send, Window(1), label_of=lambda chunk: "shop.Order")
     assert isinstance(outcome.error, WorkerDied)
     assert outcome.error.chunk == Chunk(0, "default")
     assert "chunk 0" in str(outcome.error)
@@ -157,7 +157,7 @@ def in_two(chunk, rows):
 
 def test_what_is_left_goes_before_what_is_planned():
     """The first of it first: a caller who takes results in order waits for that one."""
-    supply = Supply((of_keys(4, index) for index in range(9)), Pace(4, 1.0), in_two)
+    supply = Supply((of_keys(4, index) for index in range(9)), [Pace(4, 1.0)], in_two)
     zero, one, two = (supply.take(1) for _ in range(3))
     supply.hear(some_done(two, 1))
     supply.hear(some_done(zero, 3))
@@ -170,7 +170,7 @@ def test_what_is_left_goes_before_what_is_planned():
 @pytest.mark.parametrize(("idle", "sizes"), [(0, [99]), (1, [99]), (2, [50, 49]), (4, [25, 25, 25, 24])])
 def test_idle_workers_share_what_one_was_too_slow_for(idle, sizes):
     """Half of it goes to the one idle worker beside the one that was at it."""
-    supply = Supply(iter([of_keys(100)]), Pace(100, 1.0), in_two)
+    supply = Supply(iter([of_keys(100)]), [Pace(100, 1.0)], in_two)
     supply.hear(some_done(supply.take(idle), 1))
     taken = [supply.take(idle - number) for number in range(len(sizes))]
     assert [len(chunk.keys) for chunk in taken] == sizes
@@ -180,7 +180,7 @@ def test_idle_workers_share_what_one_was_too_slow_for(idle, sizes):
 
 def test_slow_rows_are_sent_a_few_at_once():
     """As many as take the target; then twice as many each time, as the others may be quick."""
-    supply = Supply(iter([of_keys(100)]), Pace(100, 1.0), in_two)
+    supply = Supply(iter([of_keys(100)]), [Pace(100, 1.0)], in_two)
     supply.hear(some_done(supply.take(1), 10, seconds=0.2))
     taken = iter(lambda: supply.take(0), None)
     assert [len(chunk.keys) for chunk in taken] == [5, 10, 20, 40, 15]
@@ -198,7 +198,7 @@ def test_a_chunk_that_comes_apart_is_done_to_its_end(ordered):
         return future
 
     window = Window(8, workers=2)
-    supply = Supply(iter([of_keys(20)]), Pace(20, 1.0), in_two)
+    supply = Supply(iter([of_keys(20)]), [Pace(20, 1.0)], in_two)
     results = gather.listed(dispatch(supply, send, window), window, ordered=ordered)
     assert (results if ordered else sorted(results)) == list(range(20))
     assert len(set(out)) == len(out) == 20
@@ -213,7 +213,43 @@ def test_a_worker_that_is_lost_names_the_part():
             future.set_exception(WorkerDied(42, -9))
         return future
 
-    supply = Supply(iter([of_keys(3)]), Pace(3, 1.0), in_two)
+    supply = Supply(iter([of_keys(3)]), [Pace(3, 1.0)], in_two)
     first, second = dispatch(supply, send, Window(2))
     assert first.error is None
     assert "chunk 0 (2 keys from 1 to 2)" in str(second.error)
+
+
+class Interrupted(Future[Outcome]):
+    """A future in whose lock Ctrl-C comes: it was taken, and the block that would release it never began."""
+
+    def add_done_callback(self, function):
+        self._condition.acquire()
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_ctrl_c_leaves_no_future_locked(place):
+    """Else the thread that answers it waits for ever: also where the caller's release() sends the next chunk."""
+    futures: list[Future[Outcome]] = []
+
+    def send(chunk):
+        future: Future[Outcome] = Interrupted() if len(futures) == place else Future()
+        futures.append(future)
+        if place > chunk.index:
+            future.set_result(one(chunk))
+        return future
+
+    window = Window(1)
+
+    def use():
+        outcomes = dispatch(planned(some_chunks(3)), send, window)
+        try:
+            for _ in outcomes:
+                window.release()
+        finally:
+            outcomes.close()
+
+    with pytest.raises(KeyboardInterrupt):
+        use()
+    with ThreadPoolExecutor(1) as thread:
+        assert thread.submit(futures[place]._condition.acquire, timeout=1).result(WAIT)

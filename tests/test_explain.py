@@ -65,7 +65,7 @@ def test_a_chunk_in_the_middle_is_one_range_of_an_index(indexed, alias, order):
     """Not a scan from the beginning with a filter: that would be quadratic. On all three; with NULLs, on both sides."""
     queryset = indexed.order_by(*order)
     plan = queryset.explain_plan(500, walk=True)
-    keyset, ends = plan.keyset, plan._ends()
+    keyset, ends = plan.keyset, plan.ends()
     assert plan.cut == "pages"
     assert len(ends) == (2 if "score" in order[0] else 1)
     keys = list(keyset.keys_of(keyset.order(indexed.all())))

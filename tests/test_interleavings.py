@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import io
 import os
+import sys
 import threading
+import traceback
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -262,7 +264,14 @@ class Gates:
         """Have a read that was just started be on its way before the caller goes on, if a thread is free."""
         if self.slow is not None and self.place == "before" and self.number < THREADS:
             self.number += 1
-            assert self.parked.acquire(timeout=WAIT)
+            assert self.parked.acquire(timeout=WAIT), stacks()
+
+
+def stacks() -> str:
+    """Where all threads are, for whoever wonders why one of them does not come."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    frames = sys._current_frames().items()
+    return "\n".join(f"{names.get(ident)}:\n{''.join(traceback.format_stack(frame))}" for ident, frame in frames)
 
 
 class Neighbour:

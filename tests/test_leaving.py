@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from django.db import connections
@@ -39,7 +40,8 @@ def some(alias):
     return Article.objects.using(alias).order_by("pk")
 
 
-def test_a_worker_that_collects_its_own_stream_does_not_wait_for_itself(default, collects_late):
+@pytest.mark.parametrize("end_hook", [None, functions.index_of])
+def test_a_worker_that_collects_its_own_stream_does_not_wait_for_itself(default, collects_late, end_hook):
     begun, dropped, worker = threading.Event(), threading.Event(), []
 
     def fn(row):
@@ -50,7 +52,7 @@ def test_a_worker_that_collects_its_own_stream_does_not_wait_for_itself(default,
             gc.collect()
         return row.rank
 
-    circle = Circle(some(default).parallel_imap(fn, threads=1, chunk_size=1))
+    circle = Circle(some(default).parallel_imap(fn, threads=1, chunk_size=1, end_hook=end_hook))
     assert next(circle.stream) == 0
     assert begun.wait(WAIT)
     del circle
@@ -87,11 +89,22 @@ def test_nor_does_the_manager_of_the_processes(default, collects_late, monkeypat
     processes.end_pools()
 
 
-@pytest.mark.parametrize("on", [{"threads": 2}, {"processes": 2}], ids=str)
+@pytest.fixture(params=["threads", "processes", "foreign", "made"])
+def on(request):
+    if request.param == "foreign":
+        with ThreadPoolExecutor(2) as threads:
+            yield {"executor": threads}
+    else:
+        path = "concurrent.futures.ThreadPoolExecutor"
+        yield {"executor": path} if request.param == "made" else {request.param: 2}
+
+
 @pytest.mark.parametrize("consistent", [False, True])
 def test_a_forked_child_lets_go_or_refuses(postgres, on, consistent):
-    """And the parent goes on."""
-    stream = some(postgres).parallel_imap(functions.rank, chunk_size=1, consistent=consistent, **on)
+    """And the parent goes on, whose workers end once."""
+    stream = some(postgres).parallel_imap(
+        functions.rank, chunk_size=1, consistent=consistent, end_hook=functions.index_of, **on
+    )
     assert next(stream) == 0
     pools = [*processes._pools.values()]
 
@@ -101,11 +114,13 @@ def test_a_forked_child_lets_go_or_refuses(postgres, on, consistent):
 
     def let_go():
         stream.close()
-        assert not any(pool._resting for pool in pools), "the parent's manager is told nothing"
+        assert stream.report.end_results == []
+        assert not any(pool._endings for pool in pools), "the parent's manager is told nothing"
 
     for leave in (let_go, refused):
         assert in_child(leave) == 0
     assert list(stream) == [*range(1, 20)]
+    assert stream.report.end_results
 
 
 def in_child(call):

@@ -6,6 +6,7 @@ import functools
 import multiprocessing
 import os
 import pickle
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from django.db import DatabaseError, connections, transaction
 from django.db.models import Avg, Count, F, Window
@@ -26,11 +28,13 @@ from hypothesis import strategies as st
 
 from parallel_orm import Report, Results, errors
 from parallel_orm.connections import lender
+from parallel_orm.executors import processes
 from parallel_orm.executors.processes import ProcessPool, end_pools, process_pool
 from parallel_orm.options import from_settings
 from tests import functions
 from tests.testapp.models import Article, Author, ByText, ByUuid, Note, RankedArticle, Seat, Tag
 
+pytestmark = pytest.mark.pairs
 WAIT = 60
 ON = [{"processes": 2}, {"threads": 2}]
 on_each = pytest.mark.parametrize("on", ON, ids=["processes", "threads"])
@@ -424,12 +428,30 @@ def test_workers_hold_no_connection_after_the_call(articles, alias):
         return
     pids = articles.parallel_map(functions.pid, 2, chunk_size=5)
     assert len(pids) == 50
-    query = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+    query = (
+        "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        " AND backend_type = 'client backend'"
+    )
     until = time.monotonic() + WAIT
     left = 1
     while left and time.monotonic() < until:  # the server takes a moment to see that a client has gone
         with connections[alias].cursor() as cursor:
             cursor.execute(query)
+            (left,) = cursor.fetchone()
+    assert left == 0
+
+
+def test_the_next_call_finds_the_connections_of_the_last_one_open(articles, alias, monkeypatch):
+    """Not for long: a second later the server has its places back. Outside of a test run, that is."""
+    if connections[alias].vendor != "postgresql":
+        pytest.skip("asks PostgreSQL")
+    monkeypatch.setattr(processes, "under_test", lambda: False)
+    (backend,) = set(articles.parallel_map(functions.backend, 1, chunk_size=5))
+    assert set(articles.parallel_map(functions.backend, 1, chunk_size=5)) == {backend}
+    until, left = time.monotonic() + WAIT, 1
+    while left and time.monotonic() < until:
+        with connections[alias].cursor() as cursor:
+            cursor.execute("SELECT count(*) FROM pg_stat_activity WHERE pid = %s", [backend])
             (left,) = cursor.fetchone()
     assert left == 0
 
@@ -1018,7 +1040,9 @@ def test_a_forked_worker_waits_for_the_cutting_of_the_next_chunk(tmp_path):
         + """
 import itertools, threading
 from django.db import connection
+from parallel_orm.cutting import Lookout
 settings.PARALLEL_ORM = {"START_METHOD": "fork"}
+Lookout.__call__ = lambda self, *jump: self._jump(*jump)  # a query for each chunk
 os.lock, cutting, asked = threading.Lock(), threading.Event(), threading.Event()
 queries = itertools.count()
 def slowly(execute, *args):
@@ -1039,21 +1063,89 @@ with connection.execute_wrapper(slowly):
     assert (done.returncode, done.stdout.strip()) == (0, "0" * 30), done.stderr
 
 
-def test_ctrl_c_ends_the_workers(tmp_path):
+@pytest.mark.parametrize("on", ["processes=2", "threads=2", "executor='concurrent.futures.ThreadPoolExecutor'"])
+def test_ctrl_c_ends_the_workers(tmp_path, on):
+    """Whatever they are doing: computing, or waiting; threads as soon as Python gets a word in."""
     done = run_program(
         tmp_path,
         MAKE
-        + """
+        + f"""
 import signal, threading, time
-caller = os.getpid()
-def wait(row):
+from django.db import connection
+caller, here = os.getpid(), "processes" in {on!r}
+def interrupt(function):
+    try:
+        open(function, "x").close()
+    except FileExistsError:
+        return
     os.kill(caller, signal.SIGINT)
-    time.sleep(600)
-try:
-    Article.objects.parallel_map(wait, 2, chunk_size=5)
-except KeyboardInterrupt:
-    print("interrupted")
-print(len(Article.objects.parallel_map(lambda row: row.pk, 2)))
+def wait(row):
+    interrupt("wait")
+    if here:
+        time.sleep(600)
+calls = []
+def compute(row):
+    calls.append(row)
+    interrupt("compute")
+    until = time.monotonic() + 0.2
+    while time.monotonic() < until:
+        pass
+def ask(row):
+    interrupt("ask")
+    with connection.cursor() as cursor:
+        cursor.execute("WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n")
+for function in (wait, compute, ask):
+    try:
+        Article.objects.parallel_map(function, {on}, chunk_size=15)
+    except KeyboardInterrupt:
+        print("interrupted")
+print(len(calls) < 25)  # it was not seen through
+print(len(Article.objects.parallel_map(lambda row: row.pk, {on})))
+print([thread.name for thread in threading.enumerate() if "map" in thread.name])
 """,
     )
-    assert (done.returncode, done.stdout.split()) == (0, ["interrupted", "30"]), done.stderr
+    assert (done.returncode, done.stdout.split()) == (0, ["interrupted"] * 3 + ["True", "30", "[]"]), done.stderr
+
+
+def test_ctrl_c_at_a_terminal(tmp_path):
+    """The whole group of processes hears it; the caller alone decides, and ends with its bar in order."""
+    script = tmp_path / "script.py"
+    database = {"ENGINE": "django.db.backends.sqlite3", "NAME": str(tmp_path / "db.sqlite3")}
+    script.write_text(
+        f"""
+import os, time
+from django.conf import settings
+settings.configure(
+    DATABASES={{"default": {database!r}}},
+    INSTALLED_APPS=["django.contrib.contenttypes", "parallel_orm", "tests.testapp"],
+    DEFAULT_AUTO_FIELD="django.db.models.BigAutoField",
+)
+import django
+django.setup()
+from tests.testapp.models import Article
+{MAKE}
+def wait(row):
+    print("pid", os.getpid(), flush=True)
+    time.sleep(600)
+Article.objects.parallel_each(wait, 2, chunk_size=5)
+"""
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    environment.pop("DJANGO_SETTINGS_MODULE", None)
+    with subprocess.Popen(
+        [sys.executable, str(script)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        cwd=tmp_path,
+        start_new_session=True,
+    ) as caller:
+        assert caller.stdout is not None
+        pids = [int(caller.stdout.readline().split()[1]) for _ in range(2)]
+        os.killpg(caller.pid, signal.SIGINT)
+        _, said = caller.communicate(timeout=WAIT)
+    assert caller.returncode == -signal.SIGINT
+    assert said.strip().endswith("KeyboardInterrupt")
+    assert "parallel_orm-worker" not in said, "workers say nothing of it"
+    assert not any(psutil.pid_exists(pid) for pid in pids)

@@ -343,7 +343,8 @@ def test_what_a_map_function_says_is_not_left(postgres, kept):
 def test_a_transaction_that_a_map_function_left_open(postgres, kept):
     """Is not the next one's."""
     Article.objects.using(postgres).create(name="here")
-    list(Article.objects.using(postgres).parallel_map(lambda row: say(postgres, "BEGIN"), threads=2))
+    with pytest.raises(errors.TransactionRefused, match="has left a transaction open"):
+        Article.objects.using(postgres).parallel_map(lambda row: say(postgres, "BEGIN"), threads=2)
     assert kept(postgres) == []
 
 
@@ -594,6 +595,7 @@ def sessions(postgres):
         with client.cursor() as cursor:
             cursor.execute(
                 "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+                " AND backend_type = 'client backend'"
             )
             return cursor.fetchone()[0]
 
@@ -807,7 +809,8 @@ def test_django_tenants(postgres, tmp_path, limited):
         done = run_program(tmp_path, f"DATABASE = {settings!r}\nLIMITED = {limited}\n" + program)
         assert done.returncode == 0, done.stderr
         assert (done.stdout, done.stderr) == ("never another's\n", "")
-        assert ask(connections[postgres], f"SELECT count(*) FROM pg_stat_activity WHERE datname = '{name}'") == (0,)
+        left = f"SELECT count(*) FROM pg_stat_activity WHERE datname = '{name}' AND backend_type = 'client backend'"
+        assert ask(connections[postgres], left) == (0,)
     finally:
         say(postgres, f"DROP DATABASE {name} WITH (FORCE)")
 

@@ -14,9 +14,9 @@ from django.db.models.expressions import RawSQL
 from django.db.models.functions import Cast, Lower, Power, Random, RowNumber, TruncHour, Upper
 from django.db.models.lookups import GreaterThanOrEqual
 
-from parallel_orm import ParallelQuerySet, errors
+from parallel_orm import ParallelQuerySet, cutting, errors
 from parallel_orm.ordering import is_random
-from parallel_orm.task import as_worker
+from parallel_orm.workers import as_worker
 from tests.testapp.models import (
     Article,
     Author,
@@ -371,7 +371,8 @@ def test_the_walk(articles, alias):
                 hold(queryset, detailed(queryset.chunked_iterator(chunk_size)), expected, told)
 
 
-def test_the_map(articles):
+def test_the_map(articles, monkeypatch):
+    monkeypatch.setattr(cutting, "FEW_ROWS", 5)  # so that one of the two sizes is cut by a look-up for each chunk
     """It has the cut that the table says, and gives what list() gives."""
     for queryset, cell, told in cases(articles, 1):
         # As a worker, which maps on its own connection: a connection for each chunk would take its time here.

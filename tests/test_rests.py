@@ -17,18 +17,18 @@ from parallel_orm import errors
 from parallel_orm.chunks import Chunk
 from parallel_orm.executors.processes import end_pools
 from parallel_orm.outcomes import Stopwatch
-from parallel_orm.task import Apply
+from parallel_orm.work import Apply
 from tests import functions
 from tests.testapp.models import Article, Author, ByText, ByUuid, Pizzeria, RankedArticle, Restaurant, Seat, Tag
 
 WAIT = 60
-pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+pytestmark = [pytest.mark.pairs, pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")]
 
 
 @pytest.fixture(params=["processes", "threads"])
 def on(request, monkeypatch):
     """Two workers for whom an hour passes with every look at the clock, so that each row is a part of its own."""
-    monkeypatch.setattr("parallel_orm.task.perf_counter", itertools.count(step=3600).__next__)
+    monkeypatch.setattr("parallel_orm.work.perf_counter", itertools.count(step=3600).__next__)
     end_pools()
     with override_settings(PARALLEL_ORM={"START_METHOD": "fork"}):  # a fork has the same clock
         yield {request.param: 2}
@@ -158,7 +158,7 @@ def spoil(row):
 @pytest.mark.parametrize(("size", "parts"), [(12, 3), (5, 5), (3, 4)])
 def test_when_the_time_is_over_one_row_more_is_done(default, monkeypatch, size, parts):
     """Of the third row nobody knows the key any more, so the part ends behind the fourth; or with its chunk."""
-    monkeypatch.setattr("parallel_orm.task.perf_counter", itertools.count(step=700).__next__)
+    monkeypatch.setattr("parallel_orm.work.perf_counter", itertools.count(step=700).__next__)
     articles = some(default).order_by("pk")
     with override_settings(PARALLEL_ORM={"TARGET_SECONDS": 1000}):
         results = articles.parallel_map(spoil, threads=1, chunk_size=size)
@@ -169,7 +169,7 @@ def test_when_the_time_is_over_one_row_more_is_done(default, monkeypatch, size, 
 @pytest.mark.parametrize(("reading", "done"), [(10, 4), (5000, 9)])
 def test_a_chunk_is_worked_on_for_as_long_as_it_was_read(default, monkeypatch, reading, done):
     """What is left is read once more: where that takes long, it must be worth it."""
-    monkeypatch.setattr("parallel_orm.task.perf_counter", itertools.count(step=700).__next__)
+    monkeypatch.setattr("parallel_orm.work.perf_counter", itertools.count(step=700).__next__)
     monkeypatch.setattr("parallel_orm.outcomes.perf_counter", itertools.count(step=reading).__next__)
     rows = some(default).order_by("pk")
     keys = [row.pk for row in rows]
@@ -188,7 +188,7 @@ def test_ctrl_c_behind_the_last_row_stays_ctrl_c(default, monkeypatch):
             raise KeyboardInterrupt
         return 0.0
 
-    monkeypatch.setattr("parallel_orm.task.perf_counter", now)
+    monkeypatch.setattr("parallel_orm.work.perf_counter", now)
     with pytest.raises(KeyboardInterrupt):
         Apply(functions.rank).part(some(default), Stopwatch(), Chunk(0, default), None)
 
@@ -196,7 +196,7 @@ def test_ctrl_c_behind_the_last_row_stays_ctrl_c(default, monkeypatch):
 @pytest.mark.parametrize("order", ["pk", "rank"])
 def test_rows_that_come_and_go_under_way(default, monkeypatch, order):
     """What is left is read anew: rows that are gone do not come, others come once, and those behind the end never."""
-    monkeypatch.setattr("parallel_orm.task.perf_counter", itertools.count(step=3600).__next__)
+    monkeypatch.setattr("parallel_orm.work.perf_counter", itertools.count(step=3600).__next__)
     articles = some(default)
 
     def work(row):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from urllib.parse import quote
 
 import django
 import pytest
@@ -87,12 +89,21 @@ def _run_pytest(folder: Path, body: str, **environment: str) -> str:
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *options, *plugins, str(module)],
         cwd=root,
-        env={**os.environ, **environment},
+        env={**os.environ, **_the_same_server(), **environment},
         capture_output=True,
         text=True,
         check=False,
     )
     return f"{done.stdout}\n{done.stderr}\nexit {done.returncode}"
+
+
+def _the_same_server() -> dict[str, str]:
+    """PostgreSQL of this run: that one need start none."""
+    found = json.loads(os.environ["PARALLEL_ORM_TEST_DATABASES"]).get("postgres")
+    if found is None or "PARALLEL_ORM_POSTGRES_URL" in os.environ:
+        return {}
+    user, password, host = (quote(found[name], safe="") for name in ("USER", "PASSWORD", "HOST"))
+    return {"PARALLEL_ORM_POSTGRES_URL": f"postgres://{user}:{password}@{host}:{found['PORT']}/postgres"}
 
 
 UNREACHABLE = "postgres://nobody:nothing@127.0.0.1:1/none"

@@ -4,6 +4,9 @@ import threading
 import time
 from concurrent.futures import Future
 
+from asgiref.sync import SyncToAsync
+from django.db import connections
+
 from parallel_orm.executors import threads
 
 
@@ -31,3 +34,13 @@ def all_done():
     while pool is not None and pool._asked:
         assert time.monotonic() < end, "a background thread is held"
         threading.Event().wait(0.001)
+
+
+def async_thread_closed():
+    """Close what a test left open in the thread that Django's async methods share, in all tests of this process.
+
+    Its server may be gone by the next test, or count who is connected.
+    """
+    thread = SyncToAsync.single_thread_executor
+    if thread._threads:
+        thread.submit(connections.close_all).result(30)

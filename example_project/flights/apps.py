@@ -9,3 +9,9 @@ class FlightsConfig(AppConfig):
     """Flights, and what belongs to them: weather, planes, airports, airlines."""
 
     name = "flights"
+
+    def ready(self) -> None:
+        """Connect the receivers of signals."""
+        from flights import receivers
+
+        receivers.connect()

@@ -1,8 +1,8 @@
-"""Loads the published files into the database: all of them, or nothing.
+"""Loads the published files into the database, on all cores, with the signals of each row.
 
-Everything happens in one transaction, and the rows are counted before it commits, so that a load
-which was interrupted leaves nothing behind that looks like data. Rows stream from the files in
-batches; the flights are never in memory all at once.
+Rows stream from the files into `parallel_create`; the flights are never in memory all at once. Each
+file is a run with a name, whose chunks are recorded with their rows: a load that was interrupted,
+in whatever way, goes on where it was when it is begun again. In the end the rows are counted.
 """
 
 from __future__ import annotations
@@ -10,10 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from datetime import date, datetime
 from functools import lru_cache
-from itertools import islice
 from typing import TYPE_CHECKING, TypeVar
 
-from django.db import connection, models, transaction
+from django.db import IntegrityError, connection, models
 
 from flights import source
 from flights.models import Airline, Airport, Flight, Plane, Weather
@@ -30,8 +29,6 @@ PUBLISHED: dict[type[models.Model], int] = {
 }
 """How many rows each file has, in an order in which they can be loaded."""
 
-BATCH = 2_000
-
 M = TypeVar("M", bound=models.Model)
 Progress = Callable[[str, int, Iterable[M]], Iterable[M]]
 """Shows the advance of what it passes on: `progress(title, total, items)`."""
@@ -42,43 +39,38 @@ class LoadError(Exception):
 
 
 def is_loaded() -> bool:
-    """Whether every row is there. Tables that hold anything else but nothing are an error."""
-    counts = {model: model._default_manager.count() for model in PUBLISHED}
-    if counts == PUBLISHED:
-        return True
-    if not any(counts.values()):
-        return False
-    raise LoadError(f"{_told(counts)} Empty them with `manage.py flush`, and load again.")
+    """Whether every row is there."""
+    return counts() == PUBLISHED
+
+
+def counts() -> dict[type[models.Model], int]:
+    """How many rows there are."""
+    return {model: model._default_manager.count() for model in PUBLISHED}
 
 
 def load(data: Path | None, cache: Path, progress: Progress | None = None) -> None:
-    """Fill the empty tables from `data` (an sdist or wheel), or from where `source` finds it."""
+    """Fill the tables from `data` (an sdist or wheel), or from where `source` finds it; go on with a load before."""
     members = source.find(data, cache)
     show = progress or (lambda title, total, items: items)
-    with transaction.atomic():
-        for model, makers in (
-            (Airline, airlines(members)),
-            (Airport, airports(members)),
-            (Plane, planes(members)),
-            (Weather, weather(members)),
-            (Flight, flights(members)),
-        ):
-            title = str(model._meta.verbose_name_plural)
-            _insert(model, show(title, PUBLISHED[model], makers))
-        counts = {model: model._default_manager.count() for model in PUBLISHED}
-        if counts != PUBLISHED:
-            raise LoadError(f"{_told(counts)} Nothing was kept.")
+    for model, rows in (
+        (Airline, airlines),
+        (Airport, airports),
+        (Plane, planes),
+        (Weather, weather),
+        (Flight, flights),
+    ):
+        title = str(model._meta.verbose_name_plural)
+        items = show(title, PUBLISHED[model], rows(members))
+        try:
+            model.objects.parallel_create(items, mode="bulk", run_id=f"load {title}")
+        except IntegrityError as error:
+            raise LoadError(f"{error} {_told(counts())}") from error
+    if not is_loaded():
+        raise LoadError(_told(counts()))
     if connection.vendor in {"sqlite", "postgresql"}:
         # Fresh statistics, without which a planner guesses about a table that was empty just now.
         with connection.cursor() as cursor:
             cursor.execute("ANALYZE")
-
-
-def _insert(model: type[M], items: Iterable[M]) -> None:
-    """Save the items in batches, as they come."""
-    items = iter(items)
-    while batch := list(islice(items, BATCH)):
-        model._default_manager.bulk_create(batch)
 
 
 def _told(counts: dict[type[models.Model], int]) -> str:
@@ -88,7 +80,7 @@ def _told(counts: dict[type[models.Model], int]) -> str:
         for model, published in PUBLISHED.items()
         if counts[model] != published
     ]
-    return f"The tables hold {', '.join(wrong)}."
+    return f"The tables hold {', '.join(wrong)}. Empty them with `manage.py flush`, and load again."
 
 
 def airlines(members: source.Members) -> Iterator[Airline]:

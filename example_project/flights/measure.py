@@ -12,19 +12,27 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from flights import geo, walk
+from flights import geo, notices, walk
 from flights.compare import difference
 from flights.dashboard import Dashboard
+from flights.models import Flight, Notice
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
 PROJECT = Path(__file__).resolve().parent.parent
+
+WRITES = 3_000
+"""How many rows are written, each way, at most."""
+
+NO_SIGNALS = "bulk_create(), no signals"
+"""The way that leaves empty what receivers set."""
 
 T = TypeVar("T")
 
@@ -117,7 +125,8 @@ def work(last: int, processes: int) -> Trial:
     """Arithmetic on each of the flights up to the key `last`: in a loop, and on all cores."""
     flights = geo.with_wind().filter(pk__lte=last)
     looped, expected = timed(lambda: [geo.course(flight) for flight in flights.iterator()])
-    mapped, answer = timed(lambda: flights.parallel_map(geo.course, processes=processes))
+    bar = find_spec("tqdm") is not None
+    mapped, answer = timed(lambda: flights.parallel_map(geo.course, processes=processes, progress=bar))
     report = answer.report
     found = difference(expected, list(answer))
     return Trial(
@@ -134,11 +143,75 @@ def work(last: int, processes: int) -> Trial:
                     "database": report.database_seconds,
                     "shipping": report.shipping_seconds,
                     "processes": processes,
+                    "report": str(report),
                 },
             ),
         ],
         [f"Work: {found}"] if found else [],
     )
+
+
+def creating(last: int, processes: int) -> Trial:
+    """Notices for late flights, whose references a receiver sets."""
+    late = notices.late_flights(last, WRITES)
+    create = Notice.objects.parallel_create
+    found: dict[str, tuple[Way, list[tuple[Any, ...]]]] = {}
+    for name, call in {
+        "loop over save()": lambda: notices.loop(late),
+        NO_SIGNALS: lambda: notices.bulk_create(late),
+        f"a task a row, {notices.RECIPE_PROCESSES} processes": lambda: notices.recipe(late),
+        ".parallel_create()": lambda: create(late, notices.make, processes),
+        '.parallel_create(mode="bulk")': lambda: create(late, notices.make, processes, mode="bulk"),
+    }.items():
+        Notice.objects.all().delete()
+        seconds, told = timed(call)
+        found[name] = Way(name, seconds, len(late), facts=_told(told)), notices.told()
+    Notice.objects.all().delete()
+    _, expected = found["loop over save()"]
+    differences = [
+        difference(expected, answer) if name != NO_SIGNALS else difference(_unsigned(expected), _unsigned(answer))
+        for name, (_, answer) in found.items()
+    ]
+    return Trial(
+        f"Create: {len(late):,} notices",
+        [way for way, _ in found.values()],
+        [f"Create: {text}" for text in differences if text],
+    )
+
+
+def updating(last: int, processes: int) -> Trial:
+    """What flights lost on their way, computed and saved."""
+    keys = Flight.objects.filter(pk__lte=last).order_by("pk").values_list("pk", flat=True)
+    flights = geo.with_wind().filter(pk__lte=list(keys[:WRITES])[-1])
+    found: dict[str, tuple[Way, list[tuple[Any, ...]]]] = {}
+    for name, call in {
+        "loop over save()": lambda: notices.recompute_in_a_loop(list(flights)),
+        ".parallel_update()": lambda: flights.parallel_update(notices.recompute, processes=processes),
+        '.parallel_update(mode="bulk")': lambda: flights.parallel_update(
+            notices.recompute, processes=processes, mode="bulk"
+        ),
+    }.items():
+        flights.update(lost=None)
+        seconds, told = timed(call)
+        lost = list(flights.values_list("pk", "lost"))
+        found[name] = Way(name, seconds, len(lost), facts=_told(told)), lost
+    _, expected = found["loop over save()"]
+    differences = [difference(expected, lost) for _, lost in found.values()]
+    return Trial(
+        f"Update: {len(expected):,} flights",
+        [way for way, _ in found.values()],
+        [f"Update: {text}" for text in differences if text],
+    )
+
+
+def _unsigned(rows: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    """Notices without what a receiver set."""
+    return [row[:-1] for row in rows]
+
+
+def _told(report: Any) -> dict[str, Any]:
+    """What the library told of a call that wrote; nothing of other calls."""
+    return {} if report is None else {"report": str(report)}
 
 
 def cores() -> int:

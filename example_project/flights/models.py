@@ -30,10 +30,11 @@ from parallel_orm import ParallelManager
 
 
 class Airline(models.Model):
-    """A carrier, by its two-letter code."""
+    """A carrier, by its two-letter code. A receiver sets `slug`."""
 
     carrier = models.CharField(max_length=2, primary_key=True)
     name = models.CharField(max_length=40)
+    slug = models.SlugField(default="", editable=False)
 
     objects = ParallelManager()
 
@@ -112,7 +113,8 @@ class Flight(models.Model):
     """A scheduled departure from EWR, JFK or LGA.
 
     `airline` (16 values) and `origin` (3 values) have no index: each value matches so many rows
-    that a database would read the table anyway.
+    that a database would read the table anyway. A receiver sets `ident`; `lost` is what `geo.course`
+    finds, and is not there until somebody computes it.
     """
 
     date = models.DateField(help_text="Of the scheduled departure, in New York.")
@@ -134,8 +136,24 @@ class Flight(models.Model):
     arr_delay = models.SmallIntegerField(null=True)
     air_time = models.PositiveSmallIntegerField(null=True)
     distance = models.PositiveSmallIntegerField()
+    ident = models.CharField(max_length=7, default="", editable=False)
+    lost = models.FloatField(null=True, editable=False)
 
     objects = ParallelManager()
 
     def __str__(self) -> str:
         return f"{self.airline_id} {self.number} {self.origin_id}-{self.dest} on {self.date}"
+
+
+class Notice(models.Model):
+    """What passengers of a late flight are told. A receiver sets `reference`."""
+
+    flight = models.ForeignKey(Flight, on_delete=models.CASCADE)
+    minutes = models.SmallIntegerField()
+    text = models.CharField(max_length=100)
+    reference = models.CharField(max_length=12, default="", editable=False)
+
+    objects = ParallelManager()
+
+    def __str__(self) -> str:
+        return f"{self.reference}: {self.text}"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import django
 from django.db import connection
 
-from flights.measure import Trial, Way, cores
+from flights.measure import NO_SIGNALS, Trial, Way, cores
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -52,9 +52,26 @@ def _row(cells: tuple[str, ...], widths: list[int]) -> str:
     return "  ".join(words + numbers).rstrip()
 
 
-def losses(dashboard: Trial, walks: Trial, work: Trial, load: float | None) -> list[str]:
+def losses(dashboard: Trial, walks: Trial, work: Trial, writes: Iterable[Trial], load: float | None) -> list[str]:
     """Where the library was slower or larger than a usual way, and what the numbers say of why."""
     found = [*_lost_together(dashboard), *_lost_walking(walks), *_lost_working(work)]
+    for trial in writes:
+        found += _lost_writing(trial)
+    return _told(found, load)
+
+
+def losses_of_shards(trials: Iterable[Trial], load: float | None) -> list[str]:
+    """Which questions several databases answered slower than one."""
+    found = [
+        f"{trial.task}: {_percent(trial.ours, trial.usual[0])} slower than one database."
+        for trial in trials
+        if _slower(trial.ours, trial.usual[0])
+    ]
+    return _told(found, load)
+
+
+def _told(found: list[str], load: float | None) -> list[str]:
+    """What is found, or that there is nothing; and whether the machine was busy."""
     if found and load is not None and load > cores() / 2:
         found.append(
             f"{load:.1f} processes of others were at work on these {cores()} cores when it began. "
@@ -131,6 +148,16 @@ def _lost_working(trial: Trial) -> Iterator[str]:
             f"than sharing that work saved."
         )
     )
+
+
+def _lost_writing(trial: Trial) -> Iterator[str]:
+    ours = [way for way in trial.ways if way.facts]
+    for usual in (way for way in trial.ways if not way.facts):
+        for way in ours:
+            if _slower(way, usual):
+                yield f"{trial.task}, {way.name} against {usual.name}: {_percent(way, usual)} slower" + (
+                    ", and the receivers have heard of each row." if usual.name == NO_SIGNALS else "."
+                )
 
 
 def _slower(ours: Way, usual: Way) -> bool:

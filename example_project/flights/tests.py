@@ -13,11 +13,14 @@ from tempfile import TemporaryDirectory
 from unittest import mock
 
 from django.core.management import CommandError, call_command
-from django.test import SimpleTestCase, TestCase
+from django.db import connection, connections
+from django.test import SimpleTestCase, TestCase, override_settings
+from nyc import databases
 
-from flights import geo, loader, measure, source
+from flights import geo, loader, measure, notices, shards, source
 from flights.compare import difference
-from flights.models import Airport, Flight, Weather
+from flights.models import Airline, Airport, Flight, Notice, Weather
+from parallel_orm.connections import lender
 
 FILES = {
     "airlines": "carrier,name\nB6,JetBlue Airways\n",
@@ -103,10 +106,16 @@ class LoadedTests(TestCase):
         r"""`NA` and `\N` are no names of time zones."""
         assert list(Airport.objects.order_by("faa").values_list("tzone", flat=True)) == [None, "America/New_York", None]
 
-    def test_anything_but_all_or_nothing_is_an_error(self) -> None:
-        """Tables with other rows are neither loaded nor empty."""
-        with self.assertRaisesMessage(loader.LoadError, "3 flights of 336,776"):
-            loader.is_loaded()
+    def test_receivers_have_heard_of_each_row(self) -> None:
+        """A load sends the signals of `save()`."""
+        assert Airline.objects.get().slug == "jetblue-airways"
+        assert [flight.ident for flight in Flight.objects.order_by("pk")] == ["B61", "B6725", "B62"]
+
+    def test_second_load_does_nothing(self) -> None:
+        """Its chunks are recorded, with their rows."""
+        before = list(Flight.objects.order_by("pk").values_list())
+        load_few()
+        assert list(Flight.objects.order_by("pk").values_list()) == before
 
     def test_course(self) -> None:
         """What is not known stays unknown, and a west wind slows a flight to the west."""
@@ -132,12 +141,30 @@ class LoadedTests(TestCase):
 class LoadingTests(TestCase):
     """What a load that fails leaves behind."""
 
-    def test_short_files_leave_nothing(self) -> None:
+    def test_short_files_are_an_error(self) -> None:
         """Three flights are not what was published."""
         with mock.patch.object(source, "find", return_value=members):
-            with self.assertRaisesMessage(loader.LoadError, "Nothing was kept"):
+            with self.assertRaisesMessage(loader.LoadError, "3 flights of 336,776"):
                 loader.load(None, Path())
         assert not loader.is_loaded()
+
+    def test_load_that_was_interrupted_goes_on(self) -> None:
+        """What was written before stays, and comes once."""
+
+        def torn(name: str) -> bytes:
+            return members(name) if name != "flights.csv.zip" else members(name)[:-9]
+
+        with mock.patch.object(source, "find", return_value=torn), self.assertRaisesMessage(zipfile.BadZipFile, ""):
+            loader.load(None, Path())
+        assert not Flight.objects.exists()
+        load_few()
+        assert (Weather.objects.count(), Flight.objects.count()) == (1, 3)
+
+    def test_rows_of_others_are_an_error(self) -> None:
+        """Nobody knows what they are."""
+        Airline.objects.create(carrier="B6", name="Somebody else")
+        with self.assertRaisesMessage(loader.LoadError, "Empty them with `manage.py flush`"):
+            load_few()
 
     def test_empty_page(self) -> None:
         """Without flights, the page says what to do."""
@@ -190,11 +217,136 @@ class CompareTests(TestCase):
                 dashboard=lambda rounds: good,
                 walks=lambda last: bad,
                 work=lambda last, processes: good,
+                creating=lambda last, processes: good,
+                updating=lambda last, processes: good,
             ),
             self.assertRaisesMessage(CommandError, "row 3: 1 expected, 2 came"),
         ):
             call_command("demo", stdout=out)
         assert "2.00x" in out.getvalue()
+
+
+class WritesTests(TestCase):
+    """What the demo writes."""
+
+    @classmethod
+    def setUpTestData(cls) -> None:
+        load_few()
+
+    def test_notices_of_all_ways_but_one_are_equal(self) -> None:
+        """`bulk_create()` alone leaves out what a receiver sets. A pool would not see this test's rows."""
+        Flight.objects.update(arr_delay=33)
+        with mock.patch.object(notices, "recipe", notices.loop):
+            trial = measure.creating(Flight.objects.latest("pk").pk, 1)
+        assert trial.differences == []
+        assert [way.rows for way in trial.ways] == [3] * 5
+        assert not Notice.objects.exists()
+
+    def test_notice(self) -> None:
+        """Made of what a query tells of a late flight."""
+        (late,) = notices.late_flights(Flight.objects.latest("pk").pk, 9)
+        notices.loop([late])
+        notice = Notice.objects.get()
+        assert notice.text == "JetBlue Airways 1 from JFK to LAX was 64 minutes late."
+        assert len(notice.reference) == 12
+        notices.bulk_create([late])
+        assert Notice.objects.latest("pk").reference == ""
+
+    def test_what_flights_lost(self) -> None:
+        """Computed for those of which everything is known."""
+        geo.airports.cache_clear()
+        self.addCleanup(geo.airports.cache_clear)
+        assert measure.updating(Flight.objects.latest("pk").pk, 1).differences == []
+        assert [flight.lost is None for flight in Flight.objects.order_by("pk")] == [False, True, True]
+
+
+SHARDS = [f"shard{place}" for place in range(3)]
+
+
+class ShardsTests(TestCase):
+    """The flights of three files, asked as one."""
+
+    @classmethod
+    def setUpTestData(cls) -> None:
+        load_few()
+
+    def setUp(self) -> None:
+        if connection.vendor != "sqlite":
+            self.skipTest("makes files of SQLite")
+        folder = TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        default = {**connections.settings["default"], "NAME": Path(folder.name, "nyc.sqlite3")}
+        made = databases.shards(default, len(SHARDS))
+        assert list(made) == SHARDS
+        connections.settings.update(made)
+        self.addCleanup(self.forget)
+        # Not before: the test would be in a transaction on each of them, and nothing in the background.
+        self.enterContext(mock.patch.object(type(self), "databases", frozenset({"default", *SHARDS})))
+        self.enterContext(
+            override_settings(DATABASE_ROUTERS=["nyc.routers.Shards"], PARALLEL_ORM={"GROUPS": {"shards": SHARDS}})
+        )
+        full, _, odd = Flight.objects.order_by("pk")
+        Flight.objects.filter(pk=full.pk).update(date="2013-01-31")
+        Flight.objects.filter(pk=odd.pk).update(date="2013-12-01")
+        self.last = odd.pk
+
+    @staticmethod
+    def forget() -> None:
+        """Leave nothing open on the files."""
+        lender.close_idle()
+        for alias in SHARDS:
+            connections[alias].close()
+            del connections[alias], connections.settings[alias]
+
+    def test_each_flight_is_on_the_shard_of_its_month(self) -> None:
+        """Once, and with what it points to."""
+        shards.split(SHARDS, self.last)
+        months = [[flight.date.month for flight in Flight.objects.using(alias)] for alias in SHARDS]
+        assert months == [[1], [7], [12]]
+        assert [shards.home_of(month, SHARDS[:2]) for month in (1, 6, 7, 12)] == [
+            "shard0",
+            "shard0",
+            "shard1",
+            "shard1",
+        ]
+        assert {Airport.objects.using(alias).count() for alias in SHARDS} == {3}
+
+    def test_split_follows_the_rows(self) -> None:
+        """One that is there stays; one of fewer flights is made anew."""
+        shards.split(SHARDS, self.last)
+        with mock.patch.object(shards, "_copy", side_effect=AssertionError("again")):
+            shards.split(SHARDS, self.last)
+        shards.split(SHARDS, self.last - 1)
+        assert [Flight.objects.using(alias).count() for alias in SHARDS] == [1, 1, 0]
+
+    def test_demo(self) -> None:
+        """All questions are answered as by the one database, and one that is not ends it."""
+        out = StringIO()
+        with mock.patch("flights.management.commands.demo.call_command"):
+            call_command("demo", shards=3, rounds=1, stdout=out)
+            assert "All answers are equal." in out.getvalue()
+            assert all(f"Shards: {name}" in out.getvalue() for name in shards.QUESTIONS)
+            Flight.objects.using(SHARDS[1]).update(arr_delay=-7)
+            with self.assertRaisesMessage(CommandError, "Shards, aggregates: "):
+                call_command("demo", shards=3, rounds=1, stdout=out)
+
+    def test_bad_numbers(self) -> None:
+        """A number that cannot be, and one that the settings have no databases for."""
+        with mock.patch("flights.management.commands.demo.call_command"):
+            with self.assertRaisesMessage(CommandError, "--shards must be 2 to 12"):
+                call_command("demo", shards=13)
+            with self.assertRaisesMessage(CommandError, "NYC_SHARDS=4"):
+                call_command("demo", shards=4, stdout=StringIO())
+
+    def test_option_decides_the_databases(self) -> None:
+        """The environment has it, for child processes."""
+        for argv in (["manage.py", "demo", "--shards", "3"], ["manage.py", "demo", "--shards=3"]):
+            environ: dict[str, str] = {}
+            databases.settle(argv, environ)
+            assert environ == {"NYC_SHARDS": "3"}
+        for asked, number in {"3": 3, "13": 0, "x": 0, "": 0}.items():
+            with mock.patch.dict("os.environ", NYC_SHARDS=asked):
+                assert databases.number_of_shards() == number
 
 
 class GeoTests(SimpleTestCase):

@@ -23,6 +23,9 @@ DATA = Path(__file__).resolve().parent.parent / ".data"
 
 KINDS = ("sqlite", "postgres")
 
+MOST_SHARDS = 12
+"""The flights are split by month."""
+
 SQLITE_OPTIONS = {
     # Readers and the one writer do not wait for each other: background reads and maps live on that.
     "init_command": "PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL;",
@@ -37,8 +40,11 @@ def settle(argv: Sequence[str], environ: MutableMapping[str, str]) -> None:
 
     `demo --database KIND` asks for it, and so does the variable `NYC_DATABASE`, for any command. A
     `DATABASE_URL` that is there already is honoured; one that contradicts the request is an error.
+    `demo --shards N` goes into `NYC_SHARDS` likewise.
     """
-    wanted = _option(argv) or environ.get("NYC_DATABASE") or None
+    if (shards := _option(argv, "--shards")) is not None:
+        environ["NYC_SHARDS"] = shards
+    wanted = _option(argv, "--database") or environ.get("NYC_DATABASE") or None
     if wanted is None:
         return
     if wanted not in KINDS:
@@ -53,14 +59,14 @@ def settle(argv: Sequence[str], environ: MutableMapping[str, str]) -> None:
         environ["DATABASE_URL"] = start_postgres(DATA / "postgres")
 
 
-def _option(argv: Sequence[str]) -> str | None:
-    """The value of `demo --database`; other commands of Django use that word for an alias."""
+def _option(argv: Sequence[str], name: str) -> str | None:
+    """The value of an option of `demo`; other commands of Django use the same words for other things."""
     if argv[1:2] != ["demo"]:
         return None
     for position, word in enumerate(argv):
-        if word == "--database":
+        if word == name:
             return argv[position + 1] if position + 1 < len(argv) else None
-        if word.startswith("--database="):
+        if word.startswith(f"{name}="):
             return word.partition("=")[2]
     return None
 
@@ -104,4 +110,24 @@ def configuration() -> dict[str, Any]:
     # Every view in a transaction, as many sites have it. On PostgreSQL reads run in the background all the same until
     # the view writes; on SQLite they would not, as nobody can tell there.
     default["ATOMIC_REQUESTS"] = default["ENGINE"].endswith("postgresql")
-    return {"default": default}
+    return {"default": default} | shards(default, number_of_shards())
+
+
+def number_of_shards() -> int:
+    """How many `demo --shards` asks for; none otherwise. What is no number of them, the command refuses."""
+    asked = os.environ.get("NYC_SHARDS", "")
+    return int(asked) if asked.isdecimal() and int(asked) <= MOST_SHARDS else 0
+
+
+def shards(default: dict[str, Any], number: int) -> dict[str, dict[str, Any]]:
+    """So many databases beside the one, of its kind: files in its folder, or databases on its server.
+
+    The number is in their names: a split in three is not one in four.
+    """
+    found = {}
+    for place in range(number):
+        path = Path(default["NAME"])
+        word = f"{path.stem}_shard{place}_of_{number}"
+        is_file = default["ENGINE"].endswith("sqlite3")
+        found[f"shard{place}"] = {**default, "NAME": path.with_name(f"{word}{path.suffix}") if is_file else word}
+    return found

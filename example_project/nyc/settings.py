@@ -44,6 +44,9 @@ TEMPLATES = [
 ]
 
 DATABASES = databases.configuration()
+if len(DATABASES) > 1:
+    DATABASE_ROUTERS = ["nyc.routers.Shards"]
+    PARALLEL_ORM = {"GROUPS": {"shards": [alias for alias in DATABASES if alias != "default"]}}
 DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 
 LANGUAGE_CODE = "en-us"

@@ -22,7 +22,7 @@ import pickle
 import signal
 import sys
 import threading
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
 from contextlib import contextmanager, suppress
@@ -30,22 +30,24 @@ from dataclasses import dataclass, field
 from multiprocessing import connection, forkserver, spawn
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from time import monotonic
 from typing import Any
 
 import cloudpickle
 
-from parallel_orm.connections import lender, rest, under_test
-from parallel_orm.errors import WorkerDied, WorkerTraceback, daemon_has_no_children
+from parallel_orm import workers
+from parallel_orm.connections import lender, under_test
+from parallel_orm.errors import ChunkTimedOut, WorkerDied, daemon_has_no_children, is_of_a_worker
 from parallel_orm.forks import gate
-from parallel_orm.leaving import THREADS, may_wait
+from parallel_orm.leaving import THREADS
 from parallel_orm.outcomes import PackedError, pack, pack_error
-from parallel_orm.task import Parcel
+from parallel_orm.parcels import Parcel, end_of_call
 
 #: Seconds without work after which the processes end. A page that maps now and then finds them warm; a script that
 #: goes on to other things gets their memory back.
 IDLE_SECONDS = 30.0
-#: Parcels that each worker keeps: the calls that are likely to share a pool at once.
-PARCELS_KEPT = 4
+#: Seconds beyond its time after which a worker is killed: until then its database gives up what it is executing.
+GRACE = 1.0
 #: How the caller's ``sys.path`` reaches the fork server: Python before 3.13 does not pass it on.
 PATH_VARIABLE = "PARALLEL_ORM_FORKSERVER_PATH"
 #: The name that multiprocessing knows our workers by.
@@ -58,7 +60,33 @@ class Call:
 
     message: bytes
     parcels: dict[str, Parcel]
+    #: Seconds that it may take, from when its worker begins.
+    seconds: float | None = None
+    #: What it comes to if its worker is gone before it begins; None: an error.
+    unbegun: list[Any] | None = None
     future: Future[Any] = field(default_factory=Future)
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """What a worker is told when a call has ended that it has worked for."""
+
+    parcel: str
+    #: Whether the call has an ``end_hook``.
+    has_hook: bool
+    #: Whether its connections are to be closed at once.
+    closes: bool
+
+    def see_to(self) -> list[Any]:
+        try:
+            return end_of_call(self.parcel)
+        finally:
+            if self.closes:
+                lender.close_idle()
+
+
+#: Workers' answers to an :class:`Ending`: of those that were at rest when it was sent, and of those at work for others.
+Ended = tuple[list[Future[Any]], list[Future[Any]]]
 
 
 @dataclass(eq=False, slots=True)
@@ -67,16 +95,21 @@ class Worker:
 
     process: BaseProcess
     pipe: Connection
+    slot: int
     call: Call | None = None
-    #: The parcels that it has; :func:`serve` drops the oldest by the same rule.
-    parcels: OrderedDict[str, None] = field(default_factory=OrderedDict)
+    #: What it is sent next, before anything of the inbox.
+    next: deque[Call] = field(default_factory=deque)
+    #: When its call is to be over, once that has begun; None: whenever it is.
+    due: float | None = None
+    #: The parcels that it has, until their calls end.
+    parcels: set[str] = field(default_factory=set)
 
 
 class ProcessPool(Executor):
     """At most ``size`` worker processes, started as they are needed and replaced when they die.
 
-    A :class:`~parallel_orm.task.Parcel` among the arguments of a call is sent to each worker once. A call whose worker
-    ends before it answers raises :class:`~parallel_orm.errors.WorkerDied`; the calls of other workers go on.
+    A :class:`~parallel_orm.parcels.Parcel` among the arguments of a call is sent to each worker once. A call whose
+    worker ends before it answers raises :class:`~parallel_orm.errors.WorkerDied`; the calls of other workers go on.
     """
 
     def __init__(self, size: int, start_method: str) -> None:
@@ -85,7 +118,7 @@ class ProcessPool(Executor):
         # Reentrant, because a future that fails while it is held may call back into submit().
         self._lock = threading.RLock()
         self._inbox: deque[Call] = deque()
-        self._resting: deque[Future[None]] = deque()
+        self._endings: deque[tuple[Ending, Future[Ended]]] = deque()
         self._manager: threading.Thread | None = None
         self._order: str = ""  # "", "shutdown" or "kill"
         self._woken = False
@@ -95,8 +128,15 @@ class ProcessPool(Executor):
     # What callers do.
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        message, parcels = dump((fn, args, kwargs))
-        call = Call(message, parcels)
+        return self.submit_within(None, fn, *args, **kwargs)
+
+    def submit_within(self, seconds: float | None, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """Submit a call that may take so many seconds, and :data:`GRACE`, from when its worker begins with it.
+
+        Then the worker is killed, and the call raises :class:`~parallel_orm.errors.ChunkTimedOut`.
+        """
+        message, parcels = dump((fn, args, kwargs, seconds is not None))
+        call = Call(message, parcels, seconds)
         with self._lock:
             if self._order:
                 raise RuntimeError("cannot submit to a pool that was shut down")
@@ -108,16 +148,20 @@ class ProcessPool(Executor):
                 raise
         return call.future
 
-    def rest(self, *, wait: bool = True) -> None:
-        """Have every worker that is at rest give its connections back; return when they have, or do not wait."""
-        rested: Future[None] = Future()
+    def end(self, parcel: Parcel, *, has_hook: bool = False, wait: bool = True) -> Ended:
+        """Have every worker that has worked with a parcel forget it, and see to its connections.
+
+        The futures have what the ``end_hook`` of each returned, in a list, which is empty for a worker that was lost
+        before. Who does not ``wait`` is told of none; nor is anybody where there is nothing to wait for.
+        """
+        ended: Future[Ended] = Future()
+        ending = Ending(parcel.name, has_hook, closes=under_test())
         with self._lock:
             if self._manager is None:
-                return
-            self._resting.append(rested)
+                return [], []
+            self._endings.append((ending, ended))
             self._wake()
-        if wait:
-            rested.result()
+        return ended.result() if wait and (ending.has_hook or ending.closes) else ([], [])
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         self._end("shutdown", wait=wait, cancel_futures=cancel_futures)
@@ -174,12 +218,13 @@ class ProcessPool(Executor):
         self._send_waiting()
         busy = any(worker.call for worker in self._workers)
         pipes = {worker.pipe: worker for worker in self._workers}
+        patience = self._patience() if busy else IDLE_SECONDS
         ends = {worker.process.sentinel: worker for worker in self._workers}
         if not busy and self._order == "shutdown":
             happened: list[Any] = []
         else:
-            happened = connection.wait([self._wake_reader, *pipes, *ends], None if busy else IDLE_SECONDS)
-        if not happened or self._order == "kill":
+            happened = connection.wait([self._wake_reader, *pipes, *ends], patience)
+        if (not happened and not busy) or self._order == "kill":
             return not self._retire()
         if self._wake_reader in happened:
             with self._lock:
@@ -188,17 +233,34 @@ class ProcessPool(Executor):
             self._receive(pipes[pipe])
         for sentinel in [sentinel for sentinel in ends if sentinel in happened]:
             self._bury(ends[sentinel])
+        self._end_what_is_late()
         return True
+
+    def _patience(self) -> float | None:
+        """Return the seconds until the first call is late; None: none may be."""
+        dues = [worker.due for worker in self._workers if worker.due is not None]
+        return max(0.0, min(dues) - monotonic()) if dues else None
+
+    def _end_what_is_late(self) -> None:
+        for worker in list(self._workers):
+            if worker.due is not None and worker.due <= monotonic():
+                call, worker.call, worker.due = worker.call, None, None
+                assert call is not None
+                assert call.seconds is not None
+                worker.process.kill()
+                self._bury(worker)
+                call.future.set_exception(ChunkTimedOut(call.seconds))
 
     def _send_waiting(self) -> None:
         while True:
             with self._lock:
-                resting = list(self._resting)
-                self._resting.clear()
+                endings = list(self._endings)
+                self._endings.clear()
             try:
-                self._send_to_rest(resting)
+                for ending, ended in endings:
+                    ended.set_result(self._send_ending(ending))
             except BaseException:
-                self._resting.extend(rested for rested in resting if not rested.done())
+                self._endings.extend(each for each in endings if not each[1].done())
                 raise
             idle = next((worker for worker in self._workers if worker.call is None), None)
             if idle is None and len(self._workers) >= self.size:
@@ -217,36 +279,30 @@ class ProcessPool(Executor):
             self._send(worker, call)
 
     def _send(self, worker: Worker, call: Call) -> None:
-        worker.call = call
+        worker.call, worker.due = call, None
         with suppress(OSError):  # it has died: its sentinel says so in the next turn
             for name, parcel in call.parcels.items():
                 if name not in worker.parcels:
                     worker.pipe.send_bytes(pickle.dumps(parcel))
-                remember(worker.parcels, name, None)
+                    worker.parcels.add(name)
             worker.pipe.send_bytes(call.message)
 
-    def _send_to_rest(self, resting: list[Future[None]]) -> None:
-        """Send the workers that do nothing to rest, and tell those who wait for it when all of them are back."""
-        if not resting:
-            return
-        idle = [worker for worker in self._workers if worker.call is None]
-        message, parcels = dump((rest, (under_test(),), {}))
-        away = len(idle)
-
-        def back(_: Future[Any] | None = None) -> None:
-            nonlocal away
-            away -= 1
-            if away <= 0:
-                for rested in resting:
-                    rested.set_result(None)
-
-        for worker in idle:
-            call = Call(message, parcels)
+    def _send_ending(self, ending: Ending) -> Ended:
+        """Send it to the workers that have the parcel: now to those at rest, next to the others."""
+        at_rest, at_work = list[Future[Any]](), list[Future[Any]]()
+        for worker in self._workers:
+            if ending.parcel not in worker.parcels:
+                continue
+            worker.parcels.remove(ending.parcel)
+            call = Call(pickle.dumps(ending), {}, unbegun=[])
             call.future.set_running_or_notify_cancel()
-            call.future.add_done_callback(back)
-            self._send(worker, call)
-        if not idle:
-            back()
+            if worker.call is None:
+                self._send(worker, call)
+                at_rest.append(call.future)
+            else:
+                worker.next.append(call)
+                at_work.append(call.future)
+        return at_rest, at_work
 
     def _receive(self, worker: Worker) -> None:
         try:
@@ -254,20 +310,29 @@ class ProcessPool(Executor):
         except (EOFError, OSError):
             self._bury(worker)
             return
-        call, worker.call = worker.call, None
+        self._hear_of(worker, reply)
+        if reply and worker.next:
+            self._send(worker, worker.next.popleft())
+
+    def _hear_of(self, worker: Worker, reply: bytes) -> None:
+        """Take note of a reply; an empty one says that a worker has begun with its call."""
+        call = worker.call
         assert call is not None
-        answer(call.future, reply)
+        if reply:
+            worker.call = worker.due = None
+            answer(call.future, reply)
+            return
+        call.unbegun = None
+        if call.seconds is not None:
+            worker.due = monotonic() + call.seconds + GRACE
 
     def _bury(self, worker: Worker) -> None:
         """See to a worker that is gone: hear what it still said, then say what it did not do."""
         if worker not in self._workers:
             return
-        if worker.call is not None:
-            with suppress(EOFError, OSError):
-                if worker.pipe.poll():
-                    reply = worker.pipe.recv_bytes()
-                    call, worker.call = worker.call, None
-                    answer(call.future, reply)
+        with suppress(EOFError, OSError):
+            while worker.call is not None and worker.pipe.poll():
+                self._hear_of(worker, worker.pipe.recv_bytes())
         self._workers.remove(worker)
         worker.pipe.close()
         worker.process.join()
@@ -282,16 +347,17 @@ class ProcessPool(Executor):
         inherited: tuple[Connection, ...] = ()
         if self.start_method == "fork":
             inherited = (ours, self._wake_reader, self._wake_writer, *(worker.pipe for worker in self._workers))
-        process = start_process(self.start_method, serve, (theirs, inherited))
+        slot = min(set(range(self.size)) - {worker.slot for worker in self._workers})
+        process = start_process(self.start_method, serve, (theirs, inherited, slot))
         theirs.close()  # so that the end of the worker is the end of the pipe
-        worker = Worker(process, ours)
+        worker = Worker(process, ours, slot)
         self._workers.append(worker)
         return worker
 
     def _retire(self) -> bool:
         """End the workers and the manager, unless something has come in meanwhile. Return whether it is done."""
         with self._lock:
-            if (self._inbox or self._resting) and self._order != "kill":
+            if (self._inbox or self._endings) and self._order != "kill":
                 return False
             # From here on the next submit() starts another manager; it waits for the lock until we are through.
             for worker in self._workers:
@@ -305,9 +371,9 @@ class ProcessPool(Executor):
                     worker.process.join()
                 mourn(worker)
             self._workers.clear()
-            for rested in self._resting:
-                rested.set_result(None)
-            self._resting.clear()
+            for _, ended in self._endings:
+                ended.set_result(([], []))
+            self._endings.clear()
             self._hear()
             self._manager = None
             return True
@@ -315,7 +381,8 @@ class ProcessPool(Executor):
     def _abandon(self, error: BaseException) -> None:
         with self._lock:
             self._manager = None
-            waiting = [worker.call.future for worker in self._workers if worker.call] + [c.future for c in self._inbox]
+            calls = [call for worker in self._workers for call in (worker.call, *worker.next) if call is not None]
+            waiting = [call.future for call in (*calls, *self._inbox)]
             for worker in self._workers:
                 worker.process.kill()
             self._workers.clear()
@@ -323,9 +390,9 @@ class ProcessPool(Executor):
             for future in waiting:
                 if not future.done() and (future.running() or future.set_running_or_notify_cancel()):
                     future.set_exception(error)
-            for rested in self._resting:
-                rested.set_result(None)
-            self._resting.clear()
+            for _, ended in self._endings:
+                ended.set_result(([], []))
+            self._endings.clear()
 
 
 def answer(future: Future[Any], reply: bytes) -> None:
@@ -341,9 +408,13 @@ def answer(future: Future[Any], reply: bytes) -> None:
 
 
 def mourn(worker: Worker) -> None:
-    if worker.call is not None:
-        worker.call.future.set_exception(WorkerDied(worker.process.pid, worker.process.exitcode))
-        worker.call = None
+    for call in (worker.call, *worker.next):
+        if call is not None and call.unbegun is not None:
+            call.future.set_result(call.unbegun)
+        elif call is not None:
+            call.future.set_exception(WorkerDied(worker.process.pid, worker.process.exitcode))
+    worker.call = None
+    worker.next.clear()
 
 
 # What travels. A parcel is a persistent object in the sense of the pickle module: its name stands for it.
@@ -366,12 +437,11 @@ class ParcelPickler(cloudpickle.Pickler):  # type: ignore[misc]
 class ParcelUnpickler(pickle.Unpickler):
     """Reads the name of a parcel as the parcel that was sent before."""
 
-    def __init__(self, file: io.BytesIO, parcels: OrderedDict[str, Parcel]) -> None:
+    def __init__(self, file: io.BytesIO, parcels: dict[str, Parcel]) -> None:
         super().__init__(file)
         self.parcels = parcels
 
     def persistent_load(self, pid: Any) -> Parcel:
-        remember(self.parcels, pid, self.parcels[pid])
         return self.parcels[pid]
 
 
@@ -382,19 +452,13 @@ def dump(call: object) -> tuple[bytes, dict[str, Parcel]]:
     return file.getvalue(), pickler.parcels
 
 
-def remember(kept: OrderedDict[str, Any], name: str, value: Any) -> None:
-    """Keep a value as the newest, and no more than :data:`PARCELS_KEPT`; both ends of a pipe do it alike."""
-    kept[name] = value
-    kept.move_to_end(name)
-    while len(kept) > PARCELS_KEPT:
-        kept.popitem(last=False)
-
-
 # What a worker does.
 
 
-def serve(pipe: Connection, inherited: tuple[Connection, ...]) -> None:
+def serve(pipe: Connection, inherited: tuple[Connection, ...], slot: int) -> None:
     """Answer calls until the caller closes its end of the pipe, or is gone."""
+    workers.slot = slot
+    lender.serve_calls()
     # The terminal sends Ctrl-C to all its processes; the caller alone decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if inherited:  # by fork: ends of other pipes, which would never end, the caller's handlers and its connections
@@ -403,23 +467,34 @@ def serve(pipe: Connection, inherited: tuple[Connection, ...]) -> None:
         for other in inherited:
             other.close()
         lender.disinherit()
-    parcels: OrderedDict[str, Parcel] = OrderedDict()
+    parcels: dict[str, Parcel] = {}
     with suppress(EOFError, OSError):
         while True:
             message = pipe.recv_bytes()
-            reply = do(message, parcels)
+            reply = do(message, parcels, lambda: pipe.send_bytes(b""))
             if reply is not None:
                 pipe.send_bytes(reply)
 
 
-def do(message: bytes, parcels: OrderedDict[str, Parcel]) -> bytes | None:
-    """Make the call of a message and return its reply; or keep a parcel, for the calls to come."""
+def do(message: bytes, parcels: dict[str, Parcel], begin: Callable[[], object]) -> bytes | None:
+    """Make the call of a message and return its reply; or keep a parcel, for the calls to come.
+
+    Of a call whose time counts, and of a hook, the caller is told when that begins.
+    """
     try:
         content = ParcelUnpickler(io.BytesIO(message), parcels).load()
         if isinstance(content, Parcel):
-            remember(parcels, content.name, content)
+            parcels[content.name] = content
+            with suppress(Exception):  # which is the first call's to raise
+                content.open()
             return None
-        function, args, kwargs = content
+        if isinstance(content, Ending):
+            parcels.pop(content.parcel, None)
+            if content.has_hook:
+                begin()
+            return pickle.dumps(pack(content.see_to()))
+        function, args, kwargs, is_timed = content
+        workers.begins = begin if is_timed else None
         return pickle.dumps(pack(function(*args, **kwargs)))
     except BaseException as error:
         return pickle.dumps(pack_error(error))
@@ -436,7 +511,7 @@ _pools: dict[tuple[int, str], ProcessPool] = {}
 def process_pool(size: int, start_method: str) -> Iterator[ProcessPool]:
     """Have the pool of this size for the length of one call: warm from the last one, or new.
 
-    When the call ends, workers give their connections back. When it is interrupted, they end.
+    When it is interrupted, its processes end.
     """
     if multiprocessing.current_process().daemon:
         raise daemon_has_no_children()
@@ -444,19 +519,15 @@ def process_pool(size: int, start_method: str) -> Iterator[ProcessPool]:
         pool = _pools.get((size, start_method))
         if pool is None:
             pool = _pools[size, start_method] = ProcessPool(size, start_method)
-    process = os.getpid()
     try:
         yield pool
     except KeyboardInterrupt as interrupt:
-        if isinstance(interrupt.__cause__, WorkerTraceback):
-            raise  # raised by a function in a worker, not by the user's Ctrl-C
+        if is_of_a_worker(interrupt):
+            raise
         with _lock:
             _pools.pop((size, start_method), None)
         pool.kill()
         raise
-    finally:
-        if os.getpid() == process:  # else the workers are the parent's
-            pool.rest(wait=may_wait(process))
 
 
 def end_pools() -> None:

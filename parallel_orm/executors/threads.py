@@ -11,9 +11,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from queue import SimpleQueue
 from time import monotonic
+from typing import Any
 
 from parallel_orm.leaving import THREADS, may_wait
 from parallel_orm.options import from_settings
+from parallel_orm.task import Job, see_off
+from parallel_orm.workers import all_of
 
 #: Seconds that the end of the interpreter waits for calls that are still running, which have been cancelled by then.
 PATIENCE = 5.0
@@ -139,6 +142,26 @@ def call_threads(number: int) -> Iterator[ThreadPoolExecutor]:
         yield threads
     finally:
         threads.shutdown(wait=may_wait(process))
+
+
+def in_each(threads: ThreadPoolExecutor, number: int, job: Job, *, wait: bool) -> Iterator[Any]:
+    """See the workers of a call off, each in its own thread; yield what their hooks return, to who may ``wait``."""
+    if job.crew is None or job.crew.end_hook is None:
+        return iter(())
+    # As each waits for the others, each has a thread of its own.
+    together = threading.Barrier(number)
+
+    def leave() -> list[Any]:
+        together.wait()
+        return job.capsule.run(see_off, job, crew.leave)
+
+    crew, futures = job.crew, []
+    try:
+        futures = [threads.submit(leave) for _ in range(number)]
+    except BaseException:
+        together.abort()
+        raise
+    return all_of(future.result for future in (futures if wait else ()))
 
 
 def _leave() -> None:

@@ -10,6 +10,7 @@ from django.contrib.contenttypes.models import ContentType
 from django.db import models
 
 from parallel_orm import ParallelManager, ParallelQuerySet
+from parallel_orm.compat import AsyncManager
 
 
 class Author(models.Model):
@@ -79,6 +80,15 @@ class RankedArticle(Article):
     class Meta:
         proxy = True
         ordering = ("-rank", "name")
+
+
+class AsyncArticle(Article):
+    """The same table by AsynchrORMous' manager."""
+
+    objects = AsyncManager()
+
+    class Meta:
+        proxy = True
 
 
 class ByUuid(models.Model):
@@ -293,3 +303,34 @@ class Lease(models.Model):
     author = models.ForeignKey(Author, models.CASCADE, related_name="leases")
 
     objects = LockingManager()
+
+
+from tests.testapp import written  # noqa: E402, F401 - behind the models that these refer to
+
+
+class SaleQuerySet(ParallelQuerySet[Any, Any]):
+    def dear(self) -> Any:
+        return self.filter(amount__gte=5)
+
+
+class Shop(models.Model):
+    """Is on several databases, each with its own."""
+
+    name = models.CharField(max_length=40)
+    objects: Any = ParallelManager()
+
+
+class Sale(models.Model):
+    """Rows of several databases, or of one that has them all."""
+
+    number = models.IntegerField(default=0)
+    amount = models.DecimalField(max_digits=9, decimal_places=2, null=True)
+    weight = models.FloatField(null=True)
+    name = models.CharField(max_length=40, null=True)
+    at = models.DateTimeField(null=True)
+    day = models.DateField(null=True)
+    took = models.DurationField(null=True)
+    code = models.UUIDField(null=True)
+    notes = models.JSONField(null=True)
+    shop = models.ForeignKey(Shop, models.CASCADE, null=True, related_name="sales")
+    objects: Any = ParallelManager.from_queryset(SaleQuerySet)()

@@ -1,0 +1,177 @@
+"""How the values of a column compare: in Python where that is as databases sort them, else ranked by one of these.
+
+A value that is compared otherwise than its database does would put rows of several databases in an order that no
+database gives. So what is not known to compare alike on all of them is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from decimal import Decimal
+from math import isnan
+from typing import Any
+
+from django.db import Error, connections
+from django.db.models import BigIntegerField, FloatField, Func
+from django.db.models.expressions import ExpressionWrapper
+
+from parallel_orm.collations import TEXT, Collation, Unknown, collation_of, ranks_on, target_of
+from parallel_orm.ordering import LONGEST
+
+#: Internal types of Django's fields whose values Python compares as every database does.
+PLAIN = frozenset(
+    (
+        *("AutoField", "BigAutoField", "SmallAutoField", "BooleanField", "DateField", "DurationField", "TimeField"),
+        *("IntegerField", "BigIntegerField", "SmallIntegerField", "PositiveIntegerField", "PositiveBigIntegerField"),
+        *("PositiveSmallIntegerField",),
+    )
+)
+#: Those that may be NaN, which PostgreSQL puts behind all numbers.
+NUMBERS = frozenset(("FloatField", "DecimalField"))
+
+
+class NotComparable(Exception):
+    """Values cannot be compared as their databases sort them; the message says which, and why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """How the values of one column of several databases compare."""
+
+    #: Makes a value that Python compares; None: it is one.
+    canonical: Callable[[Any], Any] | None = None
+    #: What ranks values that Python does not compare.
+    rank: Callable[[list[Any]], Mapping[Any, int]] | None = None
+    #: Whether what Python finds equal is what the databases find equal.
+    tells_all_apart: bool = True
+    #: Databases of which nobody could say how they compare: their answers must not be used, if they have any.
+    failed: Mapping[str, Exception] = field(default_factory=dict)
+    #: What is asked for instead of the column, to be given what the database compares.
+    raw: Callable[[Any], Any] | None = None
+
+    def keys(self, values: Sequence[Any]) -> Mapping[Any, Any]:
+        """Return for each value that is not None what it is to be compared by."""
+        present = {value for value in values if value is not None}
+        if self.rank is not None:
+            return self.rank(list(present))
+        return {value: value if self.canonical is None else self.canonical(value) for value in present}
+
+
+def comparison_of(name: str, expressions: Mapping[str, Any]) -> Comparison:
+    """Return how an expression of several databases compares, by their aliases. Raises :class:`NotComparable`."""
+    aliases = list(expressions)
+    first = connections[aliases[0]]
+    column = _target(expressions[aliases[0]])
+    if column is None:
+        raise NotComparable(f"it is not known what {name} is")
+    kind = column.get_internal_type()
+    own = not type(column).__module__.startswith("django.db.models.fields")
+    if own and (kind == type(column).__name__ or hasattr(column, "from_db_value") or _has_own_type(column)):
+        raise NotComparable(f"it is not known how {first.vendor} sorts the {type(column).__name__} {name}")
+    if kind in PLAIN:
+        return Comparison()
+    if kind in NUMBERS:
+        raw = _as_float if kind == "DecimalField" and first.vendor == "sqlite" else None
+        return Comparison(_number, raw=raw)
+    if kind == "DateTimeField":
+        if first.vendor == "postgresql":
+            return _of_moments(expressions)
+        zones = {alias: str(connections[alias].timezone_name) for alias in aliases}
+        _refuse_unequal(name, "are times of", zones)
+        return Comparison(_without_zone)
+    if kind == "UUIDField":
+        if first.vendor == "mysql" and first.features.has_native_uuid_field:
+            return Comparison(rank=_Ranks(aliases[0], "CAST({0} AS UUID)"))
+        return Comparison()
+    if kind == "BinaryField" and first.vendor != "mysql":
+        return Comparison(bytes)
+    if kind == "GenericIPAddressField" and first.vendor == "postgresql":
+        return Comparison(rank=_Ranks(aliases[0], "{0}::inet"))
+    if kind in TEXT:
+        return _of_text(name, column, expressions)
+    raise NotComparable(f"{name} is a {kind}, which Python does not compare as {first.vendor} does")
+
+
+def _target(expression: Any) -> Any:
+    return target_of(getattr(expression, "_output_field_or_none", None))
+
+
+def _has_own_type(field: Any) -> bool:
+    """Tell whether a field of the user's has another type in the database than Django's of that kind, or is read so."""
+    return any(
+        not getattr(type(field), name).__module__.startswith("django.")
+        for name in ("db_type", "db_parameters", "select_format")
+    )
+
+
+def _of_text(name: str, column: Any, expressions: Mapping[str, Any]) -> Comparison:
+    aliases = list(expressions)
+    if connections[aliases[0]].vendor == "mysql" and not 0 < (column.max_length or 0) <= LONGEST:
+        raise NotComparable(f"{name} is text of any length, of which MySQL sorts the first 1,024 bytes")
+    found, failed = dict[str, Collation](), dict[str, Error]()
+    for alias, expression in expressions.items():
+        try:
+            found[alias] = collation_of(alias, expression)
+        except Unknown as problem:
+            raise NotComparable(f"it is not known how {name} is sorted: {problem}") from problem
+        except Error as error:
+            failed[alias] = error
+    if not found:
+        raise next(iter(failed.values()))
+    _refuse_unequal(
+        name, "are sorted by", {a: each.name for a, each in found.items()}, [c.identity for c in found.values()]
+    )
+    alias, collation = next(iter(found.items()))
+    if collation.is_python:
+        return Comparison(failed=failed)
+    return Comparison(rank=_Ranks(alias, collation.sql), tells_all_apart=collation.tells_all_apart, failed=failed)
+
+
+def _refuse_unequal(name: str, what: str, by_alias: Mapping[str, str], identities: Sequence[Any] = ()) -> None:
+    if len(set(identities or by_alias.values())) > 1:
+        told = ", ".join(f"{each} on {alias!r}" for alias, each in by_alias.items())
+        raise NotComparable(f"values of {name} {what} different things: {told}")
+
+
+@dataclass(frozen=True, slots=True)
+class _Ranks:
+    """Has a database rank values, by this SQL."""
+
+    alias: str
+    sql: str
+
+    def __call__(self, values: list[Any]) -> Mapping[Any, int]:
+        ranks = ranks_on(self.alias, self.sql, [str(value) for value in values])
+        return {value: ranks[str(value)] for value in values}
+
+
+def _number(value: Any) -> tuple[bool, Any]:
+    # Behind all numbers, and equal to itself.
+    is_nan = value.is_nan() if isinstance(value, Decimal) else isnan(value)
+    return (True, 0) if is_nan else (False, value)
+
+
+def _without_zone(value: Any) -> Any:
+    # SQLite and MySQL have the time of a zone, without the zone.
+    return value.replace(tzinfo=None)
+
+
+def _of_moments(expressions: Mapping[str, Any]) -> Comparison:
+    """Return how PostgreSQL's moments compare, which it gives as times of a zone.
+
+    There an hour comes twice a year, and Python compares two times of one zone without a look at the zone.
+    """
+    in_utc = all(connections[alias].timezone_name == "UTC" for alias in expressions)
+    return Comparison() if in_utc else Comparison(raw=_since_epoch)
+
+
+def _since_epoch(expression: Any) -> Any:
+    # In microseconds.
+    epoch = Func(expression, function="EXTRACT", template="(EXTRACT(EPOCH FROM %(expressions)s) * 1000000)::bigint")
+    return ExpressionWrapper(epoch, output_field=BigIntegerField())
+
+
+def _as_float(expression: Any) -> Any:
+    # SQLite has floats for decimals, and sorts these; Django rounds them.
+    return ExpressionWrapper(expression, output_field=FloatField())

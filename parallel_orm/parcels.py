@@ -1,0 +1,161 @@
+"""A parcel: a job as it travels to another process, and what is done with it there."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import os
+import pickle
+import sys
+import threading
+from collections import OrderedDict
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, field, replace
+from typing import Any
+from uuid import uuid4
+
+import cloudpickle
+from django.db.backends.base.base import BaseDatabaseWrapper
+from django.utils.connection import ConnectionProxy
+
+from parallel_orm import errors, workers
+from parallel_orm.capsule import World
+from parallel_orm.chunks import Chunk
+from parallel_orm.connections import interrupt, lender
+from parallel_orm.outcomes import Outcome, note
+from parallel_orm.task import Job, Task, see_off
+from parallel_orm.work import name_of
+from parallel_orm.workers import as_worker
+
+
+@dataclass(frozen=True, slots=True)
+class Parcel:
+    """A job as it travels to another process: packed once a call, opened once a worker."""
+
+    world: bytes
+    job: bytes
+    #: What it is called on the way, unique among all machines: their processes may share those of an executor.
+    name: str = field(default_factory=lambda: uuid4().hex)
+
+    @classmethod
+    def of(cls, job: Job) -> Parcel:
+        """Pack a job; raise :class:`~parallel_orm.errors.NotPicklable` naming what cannot travel."""
+        try:
+            data = dumps(job)
+        except Exception as error:
+            for function in job.functions:
+                if not _is_picklable(function):
+                    raise errors.function_not_picklable(function, error) from error
+            raise errors.queryset_not_picklable(job.label, error) from error
+        return cls(dumps(World.of_caller()), data)
+
+    def open(self) -> Job:
+        """Return the job, in a process that is a Django process from now on."""
+        if self.name not in _opened:
+            try:
+                world: World = pickle.loads(self.world)
+                world.enter()
+                _opened[self.name] = pickle.loads(self.job)
+            except Exception as error:  # Django cannot be set up twice, so it is not tried again
+                _opened[self.name] = error
+            while workers.slot is None and len(_opened) > OPEN_PARCELS:
+                _opened.popitem(last=False)
+        opened = _opened[self.name]
+        if isinstance(opened, Exception):
+            raise opened
+        return opened
+
+
+#: Jobs that a process of somebody else's executor keeps unpacked, as nobody tells it when their calls end: as many as
+#: are likely to share it at once. Those of ours are told.
+OPEN_PARCELS = 16
+_opened: OrderedDict[str, Job | Exception] = OrderedDict()
+
+
+class JobPickler(cloudpickle.Pickler):  # type: ignore[misc]
+    """Sends Django's connections and caches, which a function of ``__main__`` brings along, by their names."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        for module, name in (("django.db", "connections"), ("django.core.cache", "caches")):
+            if obj is getattr(sys.modules.get(module), name, None):
+                return getattr, (importlib.import_module(module), name)
+        if type(obj) is ConnectionProxy:
+            return ConnectionProxy, (obj.__dict__["_connections"], obj.__dict__["_alias"])
+        return super().reducer_override(obj)
+
+
+def dumps(value: object) -> bytes:
+    """Pickle what goes to a worker, closures and functions of ``__main__`` by value."""
+    file = io.BytesIO()
+    JobPickler(file, pickle.HIGHEST_PROTOCOL).dump(value)
+    return file.getvalue()
+
+
+def _is_picklable(value: object) -> bool:
+    try:
+        dumps(value)
+    except Exception:
+        return False
+    return True
+
+
+def run_parcel(parcel: Parcel, chunk: Chunk, *, rests: bool = False) -> Outcome:
+    """Do one chunk of a job in a worker process; value and error come back packed.
+
+    Afterwards it ``rests``, and closes its connections, where nobody would tell it to at the end of the call.
+    """
+    try:
+        job = parcel.open()
+        outcome = job.capsule.run(_run_in_process, job, chunk)
+        return outcome if chunk.items is None else replace(outcome, chunk=chunk.light)
+    except Exception as error:
+        note(error, f"{chunk} was not begun, its worker could not be made ready")
+        return Outcome(chunk.light, error=error, worker=str(os.getpid())).packed("the worker")
+    finally:
+        if rests:
+            lender.close_idle()
+
+
+def _run_in_process(job: Job, chunk: Chunk) -> Outcome:
+    with as_worker(), lender.lent(chunk.alias, job.of(chunk).session) as wrapper:
+        with nullcontext() if job.crew is None else job.crew.at_work():
+            outcome = run_in_time(Task(job, chunk), wrapper) if job.timeout else Task(job, chunk).run_and_close(wrapper)
+            # Packed within: a result may be a queryset, which asks the database when it is pickled.
+            return outcome.packed(name_of(job.work))
+
+
+def run_in_time(task: Task, wrapper: BaseDatabaseWrapper) -> Outcome:
+    """Do it; when its time is over, have the database give up what it is at. Whoever waits ends the process then."""
+    seconds = task.job.timeout
+    assert seconds is not None
+    over = threading.Event()
+
+    def interrupt_query() -> None:
+        over.set()
+        with suppress(Exception):
+            interrupt(wrapper)
+
+    if workers.begins is not None:
+        workers.begins()
+    timer = threading.Timer(seconds, interrupt_query)
+    timer.daemon = True
+    timer.start()
+    outcome = task.run_and_close(wrapper)
+    timer.cancel()
+    timer.join()  # else it may interrupt the next one
+    if over.is_set() and not (outcome.error is None and task.job.work_is_kept):
+        return replace(
+            outcome,
+            value=None,
+            error=errors.ChunkTimedOut(seconds, task.chunk, task.job.of(task.chunk).label),
+            stage="lost",
+        )
+    return outcome
+
+
+def end_of_call(name: str) -> list[Any]:
+    """In a worker process, where it has worked for a call: forget all of it; return what its ``end_hook`` returns."""
+    job = _opened.pop(name, None)
+    if not isinstance(job, Job) or job.crew is None:
+        return []
+    return job.capsule.run(see_off, job, job.crew.leave)

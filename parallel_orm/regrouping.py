@@ -1,0 +1,204 @@
+"""Groups of several databases made into the groups of all: those of equal columns become one, their aggregates too."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from django.db import connections
+from django.db.models import Max, Min, QuerySet
+from django.db.models.expressions import Col, Ref
+from django.db.models.query import (
+    FlatValuesListIterable,
+    NamedValuesListIterable,
+    ValuesIterable,
+    ValuesListIterable,
+)
+from django.db.models.utils import create_namedtuple_class
+
+from parallel_orm.comparing import Comparison, NotComparable, comparison_of
+from parallel_orm.merging import Term, in_order, sort_keys
+from parallel_orm.ordering import parts as parts_of
+from parallel_orm.recombining import CannotRecombine, Recombined, recombined
+from parallel_orm.sortkeys import NAME, names_of, select, term_of
+
+Rows = QuerySet[Any, Any]
+
+
+@dataclass(frozen=True)
+class Regrouping:
+    """How groups of several databases are asked for, and put together."""
+
+    querysets: Mapping[str, Rows]
+    #: How many columns a row has that was asked for.
+    width: int
+    #: The columns behind these that tell groups apart, and how they compare.
+    groups: list[tuple[int, Comparison]]
+    #: The aggregates: where they stand, how they come together, and where their parts are.
+    aggregates: list[tuple[int, Recombined, list[int]]]
+    #: The order: the columns, and how they compare.
+    order: list[tuple[int, Term]]
+    kind: Any
+    names: list[str]
+    low: int
+    high: int | None
+
+    def join(self, answers: Mapping[str, list[tuple[Any, ...]]]) -> list[Any]:
+        """Return the rows of all groups, as the queryset has them."""
+        rows = [row for answer in answers.values() for row in answer]
+        keys, _ = sort_keys([[[row[place] for row in rows] for place, _ in self.groups]], self._terms)
+        together: dict[Any, list[tuple[Any, ...]]] = {}
+        for row, key in zip(rows, keys[0], strict=True):
+            together.setdefault(key, []).append(row)
+        found = list(map(self._one, together.values()))
+        if self.order:
+            columns = [[row[place] for row in found] for place, _ in self.order]
+            (known,), backwards = sort_keys([columns], [term for _, term in self.order])
+            found = in_order(found, known, backwards=backwards)
+        return self._as_asked([row[: self.width] for row in found[self.low : self.high]])
+
+    @property
+    def _terms(self) -> list[Term]:
+        return [Term(comparison) for _, comparison in self.groups]
+
+    def _one(self, rows: list[tuple[Any, ...]]) -> list[Any]:
+        """Make one row of those of a group."""
+        made = list(rows[0])
+        for place, aggregate, parts in self.aggregates:
+            made[place] = aggregate.whole([tuple(row[part] for part in parts) for row in rows])
+        return made
+
+    def _as_asked(self, rows: list[list[Any]]) -> list[Any]:
+        if self.kind is ValuesIterable:
+            return [dict(zip(self.names, row, strict=True)) for row in rows]
+        if self.kind is FlatValuesListIterable:
+            return [row[0] for row in rows]
+        if self.kind is NamedValuesListIterable:
+            named = create_namedtuple_class(*self.names)
+            return [tuple.__new__(named, row) for row in rows]
+        return list(map(tuple, rows))
+
+
+def regrouping(querysets: Mapping[str, Rows], low: int, high: int | None) -> Regrouping:
+    """Return how the groups of a queryset come together, which has no limits itself.
+
+    Raises :class:`~parallel_orm.comparing.NotComparable` and :class:`~parallel_orm.recombining.CannotRecombine`.
+    """
+    asked = {alias: _Asked(alias, queryset) for alias, queryset in querysets.items()}
+    first = next(iter(asked.values()))
+    groups = [
+        (place, comparison_of(name, {alias: each.expressions[place] for alias, each in asked.items()}))
+        for name, place in first.group_places
+    ]
+    for name, annotation in first.annotations.items():
+        if any(isinstance(each, Max | Min) for each in parts_of(annotation)):  # compares, where several have some
+            comparison_of(repr(name), {alias: each.annotations[name] for alias, each in asked.items()})
+    order = []
+    for number, (place, item) in enumerate(first.order):
+        expressions = {alias: each.order_expressions[number] for alias, each in asked.items()}
+        comparison = comparison_of(first.all_names[place], expressions)
+        order.append((place, term_of(item, comparison, first.alias)))
+    for each in list(asked.values())[1:]:
+        assert each.all_names == first.all_names
+    kind: Any = first.kind
+    fields: Any = next(iter(querysets.values()))._fields  # type: ignore[attr-defined]
+    names = first.names if kind is ValuesIterable else list(fields or first.names)
+    return Regrouping(
+        {alias: each.queryset for alias, each in asked.items()},
+        len(first.names),
+        groups,
+        first.aggregates,
+        order,
+        kind,
+        names,
+        low,
+        high,
+    )
+
+
+class _Asked:
+    """The groups of one database, with the columns that tell them apart, and the parts of their aggregates."""
+
+    def __init__(self, alias: str, queryset: Rows) -> None:
+        self.alias = alias
+        self.kind = queryset._iterable_class
+        query: Any = queryset.query.clone()
+        where: Any = query.where
+        if where.contains_aggregate:
+            raise CannotRecombine(
+                "groups are filtered by an aggregate, of which each database knows a part: filter what comes of it."
+            )
+        if query.extra_order_by:
+            raise NotComparable("groups are ordered by extra(order_by=...), which is SQL that cannot be compared")
+        compiler = query.get_compiler(alias)
+        compiler.setup_query()
+        self.names = names_of(query)
+        order = [resolved for resolved, _ in compiler.get_order_by()] if query.order_by else []
+        self.expressions: dict[int, Any] = {}
+        self.annotations = selected = dict(query.annotation_select)
+        grouped = [_source(expression) for expression in query.group_by]
+        self._query, self._added = query, list(self.names)
+        self.group_places = []
+        for number, expression in enumerate(grouped):
+            raw = comparison_of(_name(expression), {alias: expression}).raw
+            place = self._add(f"{NAME}group_{number}", expression if raw is None else raw(expression))
+            self.expressions[place] = expression
+            self.group_places.append((_name(expression), place))
+        self.aggregates: list[tuple[int, Recombined, list[int]]] = []
+        vendor = connections[alias].vendor
+        for name, annotation in selected.items():
+            if not annotation.contains_aggregate or name not in self.names:
+                continue
+            compare = _Comparing(name, alias, annotation)
+            found = recombined(name, annotation, annotation._output_field_or_none, vendor, compare)
+            # In the place of the whole, which an alias may have too few rows for.
+            first, *others = found.parts
+            query.annotations[name] = first
+            places = [self.names.index(name)]
+            places += [self._add(f"{NAME}{name}_{number}", part) for number, part in enumerate(others)]
+            self.aggregates.append((places[0], found, places))
+        self.order, self.order_expressions = [], []
+        for item in order:
+            expression = item.expression
+            name = getattr(expression, "refs", None)
+            source = _source(expression)
+            if name in self.names:
+                place = self.names.index(name)
+            elif source in grouped:
+                place = self.group_places[grouped.index(source)][1]
+            else:
+                raise NotComparable(f"groups are ordered by {_name(expression)}, which they do not have")
+            self.order.append((place, item))
+            self.order_expressions.append(source)
+        query.clear_ordering(force=True)
+        query.clear_limits()
+        self.queryset = queryset.all()
+        self.queryset._iterable_class = ValuesListIterable
+        self.queryset._query = query  # type: ignore[attr-defined]
+        self.all_names = self._added
+
+    def _add(self, name: str, expression: Any) -> int:
+        select(self._query, name, expression)
+        self._added.append(name)
+        return len(self._added) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class _Comparing:
+    """Tells, if asked, how the values of an aggregate compare."""
+
+    name: str
+    alias: str
+    expression: Any
+
+    def __call__(self) -> Comparison:
+        return comparison_of(self.name, {self.alias: self.expression})
+
+
+def _source(expression: Any) -> Any:
+    return expression.get_source_expressions()[0] if isinstance(expression, Ref) else expression
+
+
+def _name(expression: Any) -> str:
+    return repr(expression.target.name if isinstance(expression, Col) else str(expression))
