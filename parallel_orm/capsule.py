@@ -190,6 +190,11 @@ class Locale:
     time_zone: tzinfo | None
     changes: Changes
 
+    @classmethod
+    def without_settings(cls) -> Locale:
+        """Return that of the caller, for a process that has settings of its own, as no secret is to travel there."""
+        return cls(translation.get_language(), timezone.get_current_timezone(), Changes({}, {}, {}))
+
     def run(self, function: Callable[..., Result], *args: Any) -> Result:
         """Call ``function`` in the caller's neighbourhood."""
         with self.changes.made(), timezone.override(self.time_zone), translation.override(self.language):

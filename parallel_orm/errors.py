@@ -17,6 +17,9 @@
     ├── NotPicklable           PicklingError           a function or a result cannot travel
     ├── WorkerDied             RuntimeError            a worker process ended in the middle of a chunk
     ├── ChunkTimedOut          TimeoutError            a chunk took longer than the ``timeout=`` of its call
+    ├── EngineUnavailable      ConnectionError         an engine does not answer, or nobody does its work
+    ├── AnotherWorld           RuntimeError            a worker of an engine has another code, settings or database
+    ├── NotSealed              BadSignature            a message was not written by this project
     ├── TooManyFailures        RuntimeError            more rows failed than ``max_failures=`` allows
     ├── NoWorker               RuntimeError            ``current_worker()`` outside of what a worker runs
     └── RemoteError            RuntimeError            an exception of a worker that cannot be rebuilt here
@@ -32,6 +35,7 @@ import signal
 from concurrent.futures import CancelledError
 from typing import Any
 
+from django.core.signing import BadSignature
 from django.db import InterfaceError, NotSupportedError, OperationalError, ProgrammingError
 from django.db.transaction import TransactionManagementError
 from django.utils.connection import ConnectionDoesNotExist
@@ -110,8 +114,9 @@ class WorkerDied(ParallelORMError, RuntimeError):
 
     def _message(self) -> str:
         what = f"{self.chunk} of {self.of}" if self.chunk is not None else "a task"
+        process = "A worker process" if self.pid is None else f"The worker process {self.pid}"
         return (
-            f"The worker process {self.pid} ended ({describe_exit(self.exitcode)}) while it worked on {what}. "
+            f"{process} ended ({describe_exit(self.exitcode)}) while it worked on {what}. "
             "What the function had done for that chunk until then is done; its results are lost. A process that is "
             "killed from outside was most often out of memory: use a smaller chunk_size= or fewer processes=."
         )
@@ -137,6 +142,32 @@ class ChunkTimedOut(ParallelORMError, TimeoutError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.seconds, self.chunk, self.of), self.__dict__
+
+
+class EngineUnavailable(ParallelORMError, ConnectionError):
+    """Dask or Celery cannot be reached, or takes tasks and does none of them; the message says what to look at."""
+
+
+class AnotherWorld(ParallelORMError, RuntimeError):
+    """A worker of an engine is not what the caller is, so it has not touched the chunk.
+
+    ``host`` is its machine, ``differences`` what is not alike, a line each.
+    """
+
+    def __init__(self, host: str, differences: list[str]) -> None:
+        self.host, self.differences = host, differences
+        super().__init__(
+            f"A worker on {host} would not do the same as this process, so it was given nothing to do: "
+            f"{'; '.join(differences)}. Deploy the same code and settings to both, let them reach the same database, "
+            "and start the workers anew."
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.host, self.differences), self.__dict__
+
+
+class NotSealed(ParallelORMError, BadSignature):
+    """A message for a worker, or an answer of one, has no seal of this project's ``SECRET_KEY``: it was not opened."""
 
 
 class TooManyFailures(ParallelORMError, RuntimeError):
@@ -408,6 +439,94 @@ def result_not_picklable(function: str, error: BaseException) -> NotPicklable:
     return NotPicklable(
         f"A result of {function} cannot be sent back from its worker process: {type(error).__name__}: {error}. "
         "Return plain data (numbers, strings, lists, dictionaries), or use threads= instead of processes=."
+    )
+
+
+def function_cannot_travel(function: object, engine: str, error: BaseException) -> NotPicklable:
+    return NotPicklable(f"{_name(function)} cannot be sent to {engine}: {error}. " + _BY_NAME.get(engine, _BY_VALUE))
+
+
+#: What to do where functions travel by their names, and where by value.
+_BY_NAME = {
+    "celery": "Its messages are JSON: define the function at the top of a module that the workers can import, or set "
+    'PARALLEL_ORM["CELERY"]["PICKLE"] = True for functions that travel as pickles, sealed by SECRET_KEY.'
+}
+_BY_VALUE = "What it closes over travels with it; locks, connections and sockets cannot. Make them inside the function."
+
+
+def queryset_cannot_travel(model: str, engine: str, error: BaseException) -> NotPicklable:
+    return NotPicklable(
+        f"This queryset of {model} cannot be sent to {engine}: {type(error).__name__}: {error}. Filter by plain values."
+    )
+
+
+def not_sealed() -> NotSealed:
+    return NotSealed(
+        "A message of parallel_orm has no seal of this project, so it is not opened: caller and workers must have the "
+        "same SECRET_KEY, or have each other's among SECRET_KEY_FALLBACKS. If so, somebody else writes to your broker "
+        "or scheduler."
+    )
+
+
+def worker_without_settings() -> EngineUnavailable:
+    return EngineUnavailable(
+        "This worker has no Django settings: start it with DJANGO_SETTINGS_MODULE in its environment."
+    )
+
+
+def missing_engine(name: str, error: ImportError) -> MissingExtra:
+    return MissingExtra(f'executor="{name}" needs: pip install "django-parallel-orm[{name}]" ({error}).')
+
+
+def engine_unreachable(engine: str, where: str, error: BaseException) -> EngineUnavailable:
+    return EngineUnavailable(f"{engine} does not answer at {where}: {type(error).__name__}: {error}. Is it running?")
+
+
+def no_celery_app() -> InvalidOption:
+    return InvalidOption(
+        'executor="celery" finds no Celery app of this project: import it in the __init__.py beside your settings, as '
+        'Celery\'s documentation says, or name it: PARALLEL_ORM["CELERY"] = {"APP": "project.celery.app"}.'
+    )
+
+
+def nobody_consumes(queue: str, seconds: float) -> EngineUnavailable:
+    return EngineUnavailable(
+        f"Nobody has taken anything from Celery's queue {queue!r} for {seconds:g} seconds, and no worker says that it "
+        f"does: start one by `celery -A project worker -Q {queue}`, or name another queue in "
+        "PARALLEL_ORM['CELERY']['QUEUE']."
+    )
+
+
+def no_pickles_here() -> InvalidOption:
+    return InvalidOption(
+        'A message is a pickle, and this worker takes none: set PARALLEL_ORM["CELERY"]["PICKLE"] = True in its '
+        "settings, too."
+    )
+
+
+def answer_too_large(size: int, most: int) -> NotPicklable:
+    return NotPicklable(
+        f"The results of a chunk are {size:,} characters, and no more than {most:,} are sent through Celery: use a "
+        "smaller chunk_size=, have the function store what is large, or raise "
+        'PARALLEL_ORM["CELERY"]["MOST_BYTES"].'
+    )
+
+
+def no_answers() -> InvalidOption:
+    return InvalidOption(
+        "This needs what the workers answer, and this Celery app has no result backend: set one (result_backend), or "
+        "use parallel_each(), which then sends its chunks and hears no more of them."
+    )
+
+
+def engine_lost(what: str) -> EngineUnavailable:
+    return EngineUnavailable(f"{what} went away, or has cancelled what it had. Is it running still?")
+
+
+def engine_not_ready(engine: str, error: BaseException) -> EngineUnavailable:
+    return EngineUnavailable(
+        f"The workers of {engine} could not be made ready: {type(error).__name__}: {error}. They need parallel_orm, "
+        "Django and your project's code, and DJANGO_SETTINGS_MODULE in their environment."
     )
 
 

@@ -17,7 +17,7 @@ from parallel_orm.chunks import Chunk
 from parallel_orm.dispatch import Cut, InTurn, Supply, Window, dispatch
 from parallel_orm.executors import workers_for
 from parallel_orm.executors.choice import Choice
-from parallel_orm.keeping import Everything
+from parallel_orm.keeping import Everything, Nothing
 from parallel_orm.options import Options
 from parallel_orm.outcomes import Failed, Outcome, opened
 from parallel_orm.pace import Pace
@@ -94,7 +94,18 @@ def _begun(
     job = replace(first, others=tuple(others))
     parts = Parts(job, chunks, paces, cut, lambda: sum(plan.count() for plan in plans), keys_of)
     spread = None if options.on_error == "raise" else partial(row_by_row, keys_of=keys_of, work=work)
-    run = running(parts, options, choice, report, stack, inline=inline, spread=spread)
+    has_effects = work.keep is Nothing
+    run = running(
+        parts,
+        options,
+        choice,
+        report,
+        stack,
+        inline=inline,
+        spread=spread,
+        has_effects=has_effects,
+        may_repeat=not has_effects or options.retries > 0,
+    )
     return replace(run, outcomes=no_more_than(options.max_failures, run.outcomes, report))
 
 
@@ -130,14 +141,23 @@ def running(
     may_pass: Callable[[Outcome], bool] = may_pass,
     left: Callable[[Future[Outcome], Chunk], object] = lambda future, chunk: None,
     most_out: int | None = None,
+    has_effects: bool = False,
+    may_repeat: bool = True,
 ) -> Run:
     """Have workers for the length of the stack, and the chunks worked on as the outcomes are taken.
 
     ``spread`` is given the outcomes before anybody counts them; ``left`` what nobody takes any more; ``most_out`` is
-    how many chunks may be out at once, where that is few.
+    how many chunks may be out at once, where that is few; ``has_effects`` and ``may_repeat`` are said of a job.
     """
     crew = Crew(options.init_hook, options.end_hook)
-    job = replace(parts.job, crew=crew, timeout=options.timeout, faults=tuple(faults.active))
+    job = replace(
+        parts.job,
+        crew=crew,
+        timeout=options.timeout,
+        faults=tuple(faults.active),
+        has_effects=has_effects,
+        may_repeat=may_repeat,
+    )
     listener = stack.enter_context(listener_for(options.progress, job.label))
     workers = stack.enter_context(workers_for(job, choice, report.end_results, inline=inline))
     window = Window(workers.window if most_out is None else most_out, workers.number)

@@ -77,6 +77,9 @@ class Settings:
     PAUSE_GC: bool
     #: Names for sets of aliases, for ``across()``.
     GROUPS: Mapping[str, tuple[str, ...]]
+    #: How ``executor="dask"`` finds its cluster, and ``"celery"`` its workers.
+    DASK: Mapping[str, Any]
+    CELERY: Mapping[str, Any]
 
     def connections_of(self, alias: str) -> int:
         if isinstance(self.CONNECTIONS, int):
@@ -102,6 +105,7 @@ def from_settings() -> Settings:
         "EXECUTORS": _executors(given.get("EXECUTORS", {})),
         "PAUSE_GC": given.get("PAUSE_GC", True),
         "GROUPS": _groups(given.get("GROUPS", {})),
+        **{name: _engine(given, name) for name in ENGINES},
     }
     if unknown := sorted(set(given) - set(values)):
         raise errors.bad_setting(unknown[0], f"is not a setting of this version; there are {', '.join(values)}.")
@@ -191,6 +195,32 @@ def _executors(value: Any) -> Mapping[str, Mapping[str, Any]]:
                         f"has OPTIONS for {name!r} that {backend!r} does not know, which takes "
                         + ("none." if backend == "inline" else f'{{"{backend}": a whole number from 1}}.'),
                     )
+    return dict(value)
+
+
+#: The settings of each engine, and what a value of each must be.
+ENGINES: Mapping[str, Mapping[str, type[Any] | tuple[type[Any], ...]]] = {
+    "DASK": {"ADDRESS": str, "TIMEOUT": (int, float)},
+    "CELERY": {
+        "APP": str,
+        "QUEUE": str,
+        "PICKLE": bool,
+        "TIMEOUT": (int, float),
+        "PATIENCE": (int, float),
+        "MOST_BYTES": int,
+    },
+}
+
+
+def _engine(given: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    value = given.get(name, {})
+    if not isinstance(value, Mapping):
+        raise errors.bad_setting(name, f"must be a dictionary, not {value!r}.")
+    for key, each in value.items():
+        if key not in ENGINES[name]:
+            raise errors.bad_setting(name, f"has no {key!r}; there are {', '.join(ENGINES[name])}.")
+        if not isinstance(each, ENGINES[name][key]) or (isinstance(each, bool) and ENGINES[name][key] is not bool):
+            raise errors.bad_setting(name, f"has {each!r} for {key!r}, which is of the wrong type.")
     return dict(value)
 
 

@@ -7,12 +7,14 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from time import perf_counter, thread_time
 from typing import TYPE_CHECKING, Any
 
 import cloudpickle
 
+from parallel_orm import wire
 from parallel_orm.chunks import Chunk, describe_key
 from parallel_orm.errors import RemoteError, WorkerTraceback, result_not_picklable
 
@@ -34,16 +36,32 @@ class Timings:
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """A value as bytes, pickled where it was made, so that what cannot travel is found beside its chunk."""
+    """A value as it travels, packed where it was made, so that what cannot travel is found beside its chunk."""
 
-    data: bytes
+    data: bytes | str
 
     def open(self) -> Any:
-        return pickle.loads(self.data)
+        return wire.read(self.data) if isinstance(self.data, str) else pickle.loads(self.data)
+
+
+#: Whether what is packed is written down as JSON.
+_as_json: ContextVar[bool] = ContextVar("parallel_orm_as_json", default=False)
+
+
+@contextmanager
+def packing(*, as_json: bool) -> Iterator[None]:
+    """Within: what is packed is pickled, or is JSON, which knows no functions but by their names."""
+    token = _as_json.set(as_json)
+    try:
+        yield
+    finally:
+        _as_json.reset(token)
 
 
 def pack(value: Any) -> Packed:
     """Pickle a value: fast if the standard pickle can, with cloudpickle for what ``__main__`` or a closure defines."""
+    if _as_json.get():
+        return Packed(wire.written(value))
     try:
         return Packed(pickle.dumps(value, pickle.HIGHEST_PROTOCOL))
     except Exception:

@@ -11,7 +11,7 @@ import threading
 from collections import OrderedDict
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import cloudpickle
@@ -26,6 +26,9 @@ from parallel_orm.outcomes import Outcome, note
 from parallel_orm.task import Job, Task, see_off
 from parallel_orm.work import name_of
 from parallel_orm.workers import as_worker
+
+if TYPE_CHECKING:
+    from parallel_orm.letters import Letter
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +75,14 @@ OPEN_PARCELS = 16
 _opened: OrderedDict[str, Job | Exception] = OrderedDict()
 
 
+_BY_NAME = (("django.conf", "settings"), ("django.db", "connections"), ("django.core.cache", "caches"))
+
+
 class JobPickler(cloudpickle.Pickler):  # type: ignore[misc]
-    """Sends Django's connections and caches, which a function of ``__main__`` brings along, by their names."""
+    """Sends by their names what a function of ``__main__`` brings along of Django: settings, connections, caches."""
 
     def reducer_override(self, obj: Any) -> Any:
-        for module, name in (("django.db", "connections"), ("django.core.cache", "caches")):
+        for module, name in _BY_NAME:
             if obj is getattr(sys.modules.get(module), name, None):
                 return getattr, (importlib.import_module(module), name)
         if type(obj) is ConnectionProxy:
@@ -99,7 +105,7 @@ def _is_picklable(value: object) -> bool:
     return True
 
 
-def run_parcel(parcel: Parcel, chunk: Chunk, *, rests: bool = False) -> Outcome:
+def run_parcel(parcel: Parcel | Letter, chunk: Chunk, *, rests: bool = False) -> Outcome:
     """Do one chunk of a job in a worker process; value and error come back packed.
 
     Afterwards it ``rests``, and closes its connections, where nobody would tell it to at the end of the call.

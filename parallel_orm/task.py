@@ -59,6 +59,10 @@ class Job:
     capsule: Capsule | Locale = field(default_factory=Capsule)
     #: How its threads are stopped. It does not travel.
     stop: Stop | None = None
+    #: Whether a chunk is done for what that does, so that it is not left to itself; and whether one that a lost worker
+    #: had begun may be done by another, without the caller's sending it again. These do not travel either.
+    has_effects: bool = False
+    may_repeat: bool = True
 
     def of(self, chunk: Chunk) -> Job:
         """Return the job that a chunk is of."""

@@ -210,6 +210,8 @@ class WriteCall:
                     left=seen.left,
                     # Ours has one worker then. Somebody else's executor may have more, and records are written here.
                     most_out=1 if self.has_one_writer and (choice.kind == "given" or ledger is not None) else None,
+                    has_effects=True,
+                    may_repeat=ledger is not None,
                 )
                 seen.through(run)
             if ledger is not None:

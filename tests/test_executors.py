@@ -322,7 +322,7 @@ def test_settings_name_ours_with_numbers(articles):
         ("tests.test_executors.OURS", "neither an executor nor makes one"),
         ("tests.functions.zero", None),
         ("builtins.dict", "which is no concurrent.futures.Executor"),
-        ("celery", "is not in this version"),
+        ("celery", "finds no Celery app of this project"),
     ],
 )
 def test_bad_executors(articles, executor, message):

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from parallel_orm import errors
 from parallel_orm.chunks import Chunk
 from parallel_orm.connections import under_test
 from parallel_orm.errors import is_of_a_worker
@@ -23,8 +24,9 @@ from parallel_orm.executors.inline import InlineExecutor
 from parallel_orm.executors.processes import process_pool
 from parallel_orm.executors.threads import call_threads, in_each
 from parallel_orm.leaving import may_wait
+from parallel_orm.letters import Letter, run_letter
 from parallel_orm.options import from_settings
-from parallel_orm.outcomes import Outcome, note
+from parallel_orm.outcomes import Outcome, note, packing
 from parallel_orm.parcels import Parcel, run_parcel
 from parallel_orm.task import Job, Task, see_off
 from parallel_orm.work import Stop, name_of
@@ -71,7 +73,7 @@ def workers_for(job: Job, choice: Choice, end_results: list[Any], *, inline: str
         with inline_workers(job, end_results) as workers:
             yield workers
     elif inline is not None:
-        with rehearsing(job, end_results) as workers:
+        with rehearsing(job, choice, end_results) as workers:
             yield workers
     elif choice.kind == "threads":
         job = replace(job, stop=Stop())
@@ -96,6 +98,14 @@ def workers_for(job: Job, choice: Choice, end_results: list[Any], *, inline: str
                 yield Workers.so_many(
                     choice.number, lambda chunk: pool.submit_within(job.timeout, run_parcel, parcel, chunk)
                 )
+    elif choice.kind == "engine":
+        with choice.executor(waits=job.has_effects) as executor:
+            if not (executor.supports_answers or (job.has_effects and not job.work_is_kept)):
+                raise errors.no_answers()
+            letter = Letter.of(job, by_value=executor.supports_by_value, engine=choice.name)
+            run = run_letter if job.may_repeat else executor.once(run_letter)
+            rests = under_test()
+            yield Workers.so_many(executor.number, lambda chunk: executor.submit(run, letter, chunk, rests=rests))
     else:
         with choice.executor() as executor:
             if choice.is_threads:
@@ -164,10 +174,16 @@ def inline_workers(job: Job, end_results: list[Any]) -> Iterator[Workers]:
 
 
 @contextmanager
-def rehearsing(job: Job, end_results: list[Any]) -> Iterator[Workers]:
+def rehearsing(job: Job, choice: Choice, end_results: list[Any]) -> Iterator[Workers]:
     """Have the caller's thread as the only worker, and send everything to it as if it were another process."""
-    opened = Parcel.of(job).open()
-    with here(opened, end_results, lambda chunk: Task(opened, chunk).run().packed(name_of(job.work))) as workers:
+    as_json = choice.kind == "engine" and not choice.source.travels_by_value(choice.arguments)
+    opened = Letter.of(job, by_value=False, engine=choice.name).open() if as_json else Parcel.of(job).open()
+
+    def run(chunk: Chunk) -> Outcome:
+        with packing(as_json=as_json):
+            return Task(opened, chunk).run().packed(name_of(job.work))
+
+    with here(opened, end_results, run) as workers:
         yield workers
 
 

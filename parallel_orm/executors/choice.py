@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any, Literal
 
 from django.utils.module_loading import import_string
@@ -14,10 +15,10 @@ from django.utils.module_loading import import_string
 from parallel_orm import errors
 from parallel_orm.options import Options, available_cores, from_settings
 
-Kind = Literal["inline", "threads", "processes", "given"]
+Kind = Literal["inline", "threads", "processes", "engine", "given"]
 KINDS = ("inline", "threads", "processes")
-#: Engines that have executors of their own.
-ENGINES = {"dask": "give executor=client.get_executor()", "celery": 'use executor="processes"'}
+#: Engines, whose workers somebody else starts: the modules that have an ``executor()`` of theirs.
+ENGINES = {"dask": "parallel_orm.executors.dask", "celery": "parallel_orm.executors.celery"}
 
 #: The last of these is what all calls use instead of what they ask for. Empty outside of tests.
 overrides: list[Any] = []
@@ -49,11 +50,15 @@ class Choice:
     @property
     def supports_end_hook(self) -> bool:
         """Whether each worker can be told that a call has ended."""
-        return self.kind != "given" or self.is_threads
+        return self.kind in KINDS or self.is_threads
 
     @contextmanager
-    def executor(self) -> Iterator[Any]:
-        """Have the executor."""
+    def executor(self, *, waits: bool = False) -> Iterator[Any]:
+        """Have the executor; of an engine, whether what it was given is waited for, whatever happens."""
+        if self.kind == "engine":
+            with self.source.executor(**self.arguments, waits=waits) as executor:
+                yield executor
+            return
         if not self.is_made:
             yield self.source
             return
@@ -89,10 +94,13 @@ def _choose(options: Options, executor: Any) -> Choice:
     arguments: Mapping[str, Any] = {}
     name = repr(executor) if not isinstance(executor, str) else f"executor={executor!r}"
     if isinstance(executor, str):
-        if executor not in KINDS:
+        if executor not in (*KINDS, *ENGINES):
             executor, arguments = _find(executor)
         if isinstance(executor, str):
-            return _built_in(executor, options, arguments, name)
+            chosen = _of_engine if executor in ENGINES else _built_in
+            return chosen(executor, options, arguments, name)
+    if type(executor).__module__.partition(".")[0] == "distributed":
+        return _of_engine("dask", options, {"client": executor}, name)
     is_made = not hasattr(executor, "submit") or isinstance(executor, type)
     if is_made and not callable(executor):
         raise errors.bad_executor(executor, "is no concurrent.futures.Executor: it has no submit().")
@@ -122,18 +130,30 @@ def _built_in(kind: str, options: Options, arguments: Mapping[str, Any], name: s
     )
 
 
+def _of_engine(kind: str, options: Options, arguments: Mapping[str, Any], name: str) -> Choice:
+    if options.threads is not None and not overrides:
+        raise errors.bad_executor(kind, "has workers of its own: give processes= how many, or nothing.")
+    known = {key.lower(): value for key, value in getattr(from_settings(), kind.upper()).items()}
+    engine = import_module(ENGINES[kind])
+    return Choice(
+        "engine",
+        options.processes or available_cores(),
+        name,
+        engine,
+        {"number": options.processes, **known, **arguments},
+    )
+
+
 def _find(name: str) -> tuple[Any, Mapping[str, Any]]:
     """Return what a name of the settings, or a dotted path, stands for, and what it is made with."""
     named = from_settings().EXECUTORS
     if name in named:
         backend, arguments = named[name]["BACKEND"], named[name].get("OPTIONS", {})
-        if backend in KINDS:
+        if backend in KINDS or backend in ENGINES:
             return backend, arguments
         return _import(backend, f"settings.PARALLEL_ORM['EXECUTORS'][{name!r}]"), arguments
-    if name in ENGINES:
-        raise errors.bad_executor(name, f"is not in this version: {ENGINES[name]}.")
     if "." not in name:
-        known = ", ".join(map(repr, (*KINDS, *named)))
+        known = ", ".join(map(repr, (*KINDS, *ENGINES, *named)))
         raise errors.bad_executor(name, f"is no executor that is known here; there are {known}, or give a dotted path.")
     return _import(name, "executor"), {}
 

@@ -568,9 +568,9 @@ _preparation_data = spawn.get_preparation_data
 
 
 def without_main(name: str) -> dict[str, Any]:
-    """Return what multiprocessing tells a new process, less the main module; for our workers only."""
+    """Return what multiprocessing tells a new process, less the main module; for our workers, and Dask's, only."""
     told = dict(_preparation_data(name))
-    if name == WORKER_NAME:
+    if name == WORKER_NAME or name.startswith("Dask Worker"):
         told.pop("init_main_from_name", None)
         told.pop("init_main_from_path", None)
     return told

@@ -1,0 +1,205 @@
+"""What a worker elsewhere must prove before it touches a chunk: that its world is the caller's.
+
+A worker process of ours is made like the caller. One of an engine was started by somebody else, some time ago, on some
+other machine: it may have last week's code, or another database of the same name. So a call brings claims along (this
+version, these migrations, this database), each worker looks how each of them is with itself, and refuses the call,
+saying what differs. No claim tells a secret: settings and code are told by digests, databases by what their servers
+call themselves.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from functools import cache, partial
+from hashlib import sha256
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from pkgutil import iter_modules
+from platform import node
+from types import MethodType
+from typing import Any, NamedTuple
+
+import cloudpickle
+import django
+from django.apps import apps
+from django.conf import settings
+from django.db import connections
+from django.db.migrations.loader import MigrationLoader
+from django.db.models import Model
+from django.utils.connection import ConnectionDoesNotExist
+
+import parallel_orm
+from parallel_orm import errors
+
+#: Settings that decide what rows and functions come to. (Where databases are, each worker may say in its own words.)
+SETTINGS = (
+    "AUTH_USER_MODEL",
+    "DATABASE_ROUTERS",
+    "DEFAULT_AUTO_FIELD",
+    "INSTALLED_APPS",
+    "LANGUAGE_CODE",
+    "TIME_ZONE",
+    "USE_I18N",
+    "USE_TZ",
+)
+#: What a worker says of something that it has not.
+ABSENT = "absent"
+
+
+class Claim(NamedTuple):
+    """Something that is so where a call is made."""
+
+    kind: str
+    #: Of what; "" where the kind says it.
+    of: str
+    value: str
+
+
+def claims(
+    models: Iterable[type[Model]], functions: Iterable[Any], aliases: Iterable[str], *, by_value: bool
+) -> list[Claim]:
+    """Return what is so here of what a call depends on. ``by_value``: functions travel as they were compiled."""
+    subjects = [("parallel_orm", ""), ("Django", "")]
+    subjects += [("Python", ""), ("cloudpickle", "")] if by_value else []
+    subjects += [("setting", name) for name in SETTINGS]
+    subjects += [("migrations", app.label) for app in apps.get_app_configs()]
+    subjects += [("model", model._meta.label) for model in models]
+    subjects += [("module", name) for name in sorted({*map(module_of, functions)} - {""})]
+    subjects += [("database", alias) for alias in aliases]
+    return [Claim(kind, of, value_of(kind, of)) for kind, of in subjects]
+
+
+def refuse_another_world(claimed: Iterable[tuple[str, str, str]]) -> None:
+    """Raise :class:`~parallel_orm.errors.AnotherWorld`, naming what is not here as it was claimed."""
+    differing = [Claim(kind, of, value) for kind, of, value in claimed if value_of(kind, of) != value]
+    if differing:
+        raise errors.AnotherWorld(node(), [_told(claim, value_of(claim.kind, claim.of)) for claim in differing])
+
+
+def value_of(kind: str, of: str) -> str:
+    """Return how this is in this process."""
+    try:
+        return _ways[kind](of)
+    except (LookupError, ConnectionDoesNotExist, FileNotFoundError):  # an app, a model, an alias, SQLite's file
+        return ABSENT
+
+
+def _told(claim: Claim, here: str) -> str:
+    what = f"{claim.kind} {claim.of}".rstrip()
+    if here == ABSENT:
+        return f"the {what} is not there"
+    if claim.kind in _IN_WORDS:
+        return f"{what} is {here}, and {claim.value} for the caller"
+    return f"the {what} is another"
+
+
+_IN_WORDS = frozenset(["parallel_orm", "Django", "Python", "cloudpickle"])
+
+
+def _digest(*parts: object) -> str:
+    return sha256("\0".join(map(str, parts)).encode()).hexdigest()[:16]
+
+
+def module_of(function: Any) -> str:
+    """Return the module whose code a function is of, where it may be another elsewhere; "" of Python's own."""
+    while isinstance(function, partial):
+        function = function.func
+    if isinstance(function, MethodType):
+        function = function.__self__ if isinstance(function.__self__, type) else type(function.__self__)
+    if not hasattr(function, "__qualname__"):  # an instance that can be called
+        function = type(function)
+    name = getattr(function, "__module__", None) or ""
+    by_value = "<locals>" in function.__qualname__ or "<lambda>" in function.__qualname__
+    is_pythons = name.partition(".")[0] in sys.stdlib_module_names  # "__main__" too, whose functions travel
+    return "" if by_value or is_pythons or name == "__main__" else name
+
+
+def _of_setting(name: str) -> str:
+    return _digest(repr(getattr(settings, name, None)))
+
+
+@cache  # what is loaded is not changed by a file that is, later
+def _of_migrations(label: str) -> str:
+    apps.get_app_config(label)
+    name, _ = MigrationLoader.migrations_module(label)
+    found = None if name is None else find_spec(name)
+    if found is None:
+        return "none"
+    return _digest(*sorted(each.name for each in iter_modules(found.submodule_search_locations)))
+
+
+@cache
+def _of_model(label: str) -> str:
+    fields = apps.get_model(label)._meta.concrete_fields
+    return _digest(*((field.attname, field.column, field.get_internal_type()) for field in fields))
+
+
+@cache
+def _of_module(name: str) -> str:
+    try:
+        file = import_module(name).__file__
+    except ImportError:
+        return ABSENT
+    return "no file" if file is None else _digest(Path(file).read_bytes())
+
+
+def _of_database(alias: str) -> str:
+    connection: Any = connections[alias]
+    was_open = connection.connection is not None
+    try:
+        return _digest(connection.vendor, *_PLACES[connection.vendor](connection))
+    finally:
+        if not was_open:
+            connection.close()
+
+
+def _in_sqlite(connection: Any) -> Iterable[object]:
+    """A file is the same only on the same machine: one that is shared by a network has locks that do not hold."""
+    file = Path(connection.settings_dict["NAME"]).stat()
+    return node(), file.st_dev, file.st_ino
+
+
+def _in_postgresql(connection: Any) -> Iterable[object]:
+    """What initdb called the cluster, which its replicas are called too; where that is kept secret, when it began."""
+    connection.ensure_connection()
+    with connection.connection.cursor() as cursor:  # the driver's own: these are no queries of the user's
+        cursor.execute("SELECT has_function_privilege('pg_control_system()', 'execute')")
+        (may_ask,) = cursor.fetchone()
+        cluster = "system_identifier FROM pg_control_system()" if may_ask else "pg_postmaster_start_time()"
+        cursor.execute(f"SELECT {cluster}")
+        (name,) = cursor.fetchone()
+        cursor.execute("SELECT oid, datname FROM pg_database WHERE datname = current_database()")
+        return name, *cursor.fetchone()
+
+
+def _in_mysql(connection: Any) -> Iterable[object]:
+    connection.ensure_connection()
+    with connection.connection.cursor() as cursor:
+        cursor.execute(
+            "SHOW GLOBAL VARIABLES WHERE Variable_name IN"
+            " ('server_uuid', 'server_uid', 'hostname', 'port', 'datadir', 'server_id')"
+        )
+        variables = sorted(cursor.fetchall())
+        cursor.execute("SELECT DATABASE()")
+        return *variables, *cursor.fetchone()
+
+
+_PLACES: dict[str, Callable[[Any], Iterable[object]]] = {
+    "sqlite": _in_sqlite,
+    "postgresql": _in_postgresql,
+    "mysql": _in_mysql,
+}
+
+_ways: dict[str, Callable[[str], str]] = {
+    "parallel_orm": lambda _: parallel_orm.__version__,
+    "Django": lambda _: django.get_version(),
+    "Python": lambda _: f"{sys.version_info.major}.{sys.version_info.minor}",
+    "cloudpickle": lambda _: cloudpickle.__version__.partition(".")[0],
+    "setting": _of_setting,
+    "migrations": _of_migrations,
+    "model": _of_model,
+    "module": _of_module,
+    "database": _of_database,
+}

@@ -1,0 +1,18 @@
+"""The one task of this library, which Celery finds here in workers whose project has it in ``INSTALLED_APPS``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from celery import shared_task
+
+
+# Not acknowledged late: what a lost worker was at is then not done again behind the caller's back, who is told instead.
+@shared_task(  # type: ignore[untyped-decorator]
+    bind=True, name="parallel_orm.call", serializer="json", acks_late=False, track_started=True, ignore_result=False
+)
+def call(self: Any, message: str) -> str:
+    """Answer a message of a :class:`parallel_orm.executors.celery.CeleryExecutor`."""
+    from parallel_orm.executors.celery import answer
+
+    return answer(message, is_redelivered=bool((self.request.delivery_info or {}).get("redelivered")))
