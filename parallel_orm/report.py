@@ -67,7 +67,7 @@ class Call:
     function: str = ""
     #: The models.
     label: str = ""
-    #: What worked: "inline", "threads", "processes", or "given" by the caller.
+    #: What worked: "inline", "threads", "processes", an "engine", or what was "given".
     kind: str = "processes"
     #: How many workers there could be.
     number: int = 1

@@ -73,7 +73,7 @@ class WriteCall:
         self.inline, self.session = guards.where_to_write(verb, self.alias, stays=self.choice.kind == "inline")
         self.has_one_writer = guards.has_one_writer(self.alias)
         self.is_held_back = self.has_one_writer and self.choice.number > 1
-        if self.has_one_writer and self.choice.kind != "given":
+        if self.has_one_writer and self.choice.is_ours:
             self.choice = replace(self.choice, number=1)
         self.report = Report(reason=self.inline)
 
@@ -209,7 +209,7 @@ class WriteCall:
                     may_pass=seen.may_pass,
                     left=seen.left,
                     # Ours has one worker then. Somebody else's executor may have more, and records are written here.
-                    most_out=1 if self.has_one_writer and (choice.kind == "given" or ledger is not None) else None,
+                    most_out=1 if self.has_one_writer and (ledger is not None or not choice.is_ours) else None,
                     has_effects=True,
                     may_repeat=ledger is not None,
                 )

@@ -43,6 +43,11 @@ class Choice:
     is_threads: bool = False
 
     @property
+    def is_ours(self) -> bool:
+        """Whether its workers are there for this call, as many as it has: not an engine's, nor a given one's."""
+        return self.kind in KINDS
+
+    @property
     def supports_timeout(self) -> bool:
         """Whether a chunk that takes too long can be ended."""
         return self.kind == "processes"
@@ -50,7 +55,7 @@ class Choice:
     @property
     def supports_end_hook(self) -> bool:
         """Whether each worker can be told that a call has ended."""
-        return self.kind in KINDS or self.is_threads
+        return self.is_ours or self.is_threads
 
     @contextmanager
     def executor(self, *, waits: bool = False) -> Iterator[Any]:
