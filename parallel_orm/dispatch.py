@@ -196,7 +196,7 @@ def dispatch(
     *,
     label_of: Callable[[Chunk], str] = lambda chunk: "the queryset",
     steal: Callable[[Chunk], Outcome] | None = None,
-    left: Callable[[Future[Outcome], Chunk], object] = lambda future, chunk: None,
+    left: Callable[[Future[Outcome], Chunk], object] | None = None,
 ) -> Generator[Outcome]:
     """Send each chunk on its way and yield the outcomes as they come in.
 
@@ -205,10 +205,12 @@ def dispatch(
     cancelled, and what was begun is waited for: nothing goes on behind the caller's back.
 
     Where the caller can ``steal``, it does a chunk itself when none was begun: the workers may all be waiting for it.
-    What was begun, and is not yielded, is ``left``: of an interrupted call it may not be done.
+    What was begun, and is not yielded, is ``left``: of an interrupted call it may not be done. So is the one that was
+    yielded last, unless another was asked for: who was interrupted meanwhile may not have seen it.
     """
     landed: SimpleQueue[Future[Outcome]] = SimpleQueue()
     flying: dict[Future[Outcome], Chunk] = {}
+    passing: dict[Future[Outcome], Chunk] = {}
     process = os.getpid()
 
     def fill() -> None:
@@ -244,17 +246,23 @@ def dispatch(
             else:
                 if future not in flying:
                     continue  # it was stolen
+                if left is not None:
+                    passing[future] = flying[future]
                 outcome = outcome_of(future, flying.pop(future), label_of)
             del future  # it holds the rows, which are the caller's now
             if supply.hear(outcome):
                 yield outcome
+            passing.clear()
             del outcome
     except KeyboardInterrupt:
         let_go(flying)
         begun = {future: chunk for future, chunk in flying.items() if not future.cancel()}
         flying.clear()  # whoever owns the workers ends them
-        for future, chunk in begun.items():
-            left(future, chunk)
+        if left is not None:
+            begun |= passing
+            passing.clear()
+            for future, chunk in begun.items():
+                left(future, chunk)
         raise
     finally:
         window.refill = None
@@ -263,8 +271,9 @@ def dispatch(
             begun = {future: chunk for future, chunk in flying.items() if not future.cancel()}
             if may_wait(process):
                 wait(begun)
-            for future, chunk in begun.items():
-                left(future, chunk)
+            if left is not None:
+                for future, chunk in (begun | passing).items():
+                    left(future, chunk)
 
 
 def let_go(futures: Iterable[Future[Outcome]]) -> None:

@@ -139,7 +139,7 @@ def running(
     inline: str | None,
     spread: Callable[[Iterator[Outcome]], Iterator[Outcome]] | None = None,
     may_pass: Callable[[Outcome], bool] = may_pass,
-    left: Callable[[Future[Outcome], Chunk], object] = lambda future, chunk: None,
+    left: Callable[[Future[Outcome], Chunk], object] | None = None,
     most_out: int | None = None,
     has_effects: bool = False,
     may_repeat: bool = True,

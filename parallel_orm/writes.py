@@ -247,6 +247,8 @@ class Seen:
     def __init__(self, call: WriteCall, parts: Parts, has_records: bool) -> None:
         self._call, self._parts, self._has_records = call, parts, has_records
         self._report = call.report
+        #: Where the chunk stands that the report has last; what comes behind it may not be there yet, if interrupted.
+        self._counted: tuple[int, ...] | None = None
 
     def may_pass(self, outcome: Outcome) -> bool:
         """Tell whether a chunk may be sent again: not where it may have been written, and nobody can tell."""
@@ -287,6 +289,8 @@ class Seen:
 
     def left(self, future: Future[Outcome], chunk: Chunk) -> None:
         """Count what came back when nobody waited for it any more; and say of the rest that nobody knows."""
+        if chunk.place == self._counted:
+            return
         if future.done() and not future.cancelled() and future.exception() is None:
             outcome = replace(future.result(), chunk=chunk)
         else:
@@ -299,6 +303,7 @@ class Seen:
         first: BaseException | None = None
         most = self._call.options.max_failures
         for outcome in run.outcomes:
+            self._counted = outcome.chunk.place
             self._tell(outcome)
             if first is None:
                 first = self._ends(outcome, most)

@@ -115,6 +115,24 @@ def test_after_an_error_nothing_goes_on_behind_the_callers_back():
         assert all(future.cancelled() for future in futures[3:])
 
 
+@pytest.mark.parametrize("asks_for_more", [False, True])
+def test_the_last_outcome_is_left_unless_another_was_asked_for(asks_for_more):
+    """Who was interrupted while it was passed on may not have seen it."""
+    left = []
+    with ThreadPoolExecutor(1) as pool:
+        chunks = planned(some_chunks(2))
+        outcomes = dispatch(
+            chunks, lambda chunk: pool.submit(one, chunk), Window(1), left=lambda future, chunk: left.append(chunk)
+        )
+        first = next(outcomes)
+        assert first.chunk.index == 0
+        if asks_for_more:
+            outcomes_left = [*outcomes]
+            assert not outcomes_left
+        outcomes.close()
+    assert [chunk.index for chunk in left] == ([] if asks_for_more else [0])
+
+
 def test_a_lost_worker_names_its_chunk():
     def send(chunk):
         future: Future[Outcome] = Future()
