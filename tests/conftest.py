@@ -16,6 +16,10 @@ enough for each pair of their values; and of databases with executors (``on``), 
 what else the mark names, all of these on one database, and one on each of the others; but
 those with the mark ``everywhere``.
 ``PARALLEL_ORM_TESTS=all`` runs all.
+
+``PARALLEL_ORM_TESTS=matrix`` leaves out those with the mark ``once``, which come to the same with every
+version of Python, Django and drivers: pages of the docs, what the tests themselves rely on, programs that are
+killed at random.
 """
 
 from __future__ import annotations
@@ -97,6 +101,9 @@ class Run:
     def pytest_leave_out(self, config: pytest.Config, items: list[pytest.Function]) -> None:
         if os.environ.get("PARALLEL_ORM_TESTS") == "all":
             return
+        left_out: set[pytest.Item] = set()
+        if os.environ.get("PARALLEL_ORM_TESTS") == "matrix":
+            left_out = {item for item in items if item.get_closest_marker("once")}
         products = defaultdict(list)
         for item in items:
             mark = item.get_closest_marker("pairs")
@@ -104,7 +111,6 @@ class Run:
                 continue
             if self.databases.is_reachable(item.callspec.params.get("alias", "default")):
                 products[item.parent, item.originalname, ("on", *mark.args)].append(item)
-        left_out: set[pytest.Item] = set()
         for (_, name, apart), product in products.items():
             product.sort(key=lambda item: item.callspec.id)
             kept = enough([_values(item) for item in product], name, apart)

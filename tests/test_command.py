@@ -334,6 +334,7 @@ def program(articles, tmp_path):
     return start
 
 
+@pytest.mark.once
 def test_its_exit_status(articles, program):
     done = program("raise_score", "--filter=rank__lt=20")
     out, err = done.communicate(timeout=ALARM)
@@ -350,6 +351,7 @@ def test_its_exit_status(articles, program):
         )
 
 
+@pytest.mark.once
 @pytest.mark.pairs("whom")
 @pytest.mark.parametrize("whom", ["the process", "its group"])
 def test_ctrl_c(articles, program, tmp_path, whom):

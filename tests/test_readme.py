@@ -14,6 +14,7 @@ README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_page_runs(page: Path, tmp_path: Path) -> None:
     """A reader who types a page's blocks gets no error, nor a warning."""
@@ -86,6 +87,7 @@ def test_blocks_are_told_apart() -> None:
     assert blocks[2] == Block("for thing in Thing.objects.all():\n    print(thing.name)\n", 28)
 
 
+@pytest.mark.once
 def test_blocks_run_in_their_project(tmp_path: Path) -> None:
     """Models, settings, rows and names carry from block to block."""
     page = tmp_path / "page.md"
@@ -94,6 +96,7 @@ def test_blocks_run_in_their_project(tmp_path: Path) -> None:
     assert run_page(page, tmp_path / "project") == "seen\n1 rows\nEurope/Berlin\n"
 
 
+@pytest.mark.once
 def test_failing_block_is_named(tmp_path: Path) -> None:
     """A block that breaks is found by page and line."""
     page = tmp_path / "page.md"

@@ -18,6 +18,8 @@ from django.test import TestCase
 
 from tests.testapp.models import Article
 
+pytestmark = pytest.mark.once
+
 
 @pytest.mark.parametrize("time", ["first", "second"])
 def test_database_is_empty(alias: str, time: str) -> None:
