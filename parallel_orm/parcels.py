@@ -11,7 +11,7 @@ import threading
 from collections import OrderedDict
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 from uuid import uuid4
 
 import cloudpickle
@@ -27,8 +27,12 @@ from parallel_orm.task import Job, Task, see_off
 from parallel_orm.work import name_of
 from parallel_orm.workers import as_worker
 
-if TYPE_CHECKING:
-    from parallel_orm.letters import Letter
+
+class Packet(Protocol):
+    """A job that is yet to be opened, where it has travelled to."""
+
+    def open(self) -> Job:
+        """Return the job, ready to be done here; raise what stands in the way of that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +109,7 @@ def _is_picklable(value: object) -> bool:
     return True
 
 
-def run_parcel(parcel: Parcel | Letter, chunk: Chunk, *, rests: bool = False) -> Outcome:
+def run_parcel(parcel: Packet, chunk: Chunk, *, rests: bool = False) -> Outcome:
     """Do one chunk of a job in a worker process; value and error come back packed.
 
     Afterwards it ``rests``, and closes its connections, where nobody would tell it to at the end of the call.

@@ -30,7 +30,6 @@ from django.db.migrations.loader import MigrationLoader
 from django.db.models import Model
 from django.utils.connection import ConnectionDoesNotExist
 
-import parallel_orm
 from parallel_orm import errors
 
 #: Settings that decide what rows and functions come to. (Where databases are, each worker may say in its own words.)
@@ -193,7 +192,7 @@ _PLACES: dict[str, Callable[[Any], Iterable[object]]] = {
 }
 
 _ways: dict[str, Callable[[str], str]] = {
-    "parallel_orm": lambda _: parallel_orm.__version__,
+    "parallel_orm": lambda _: import_module("parallel_orm").__version__,
     "Django": lambda _: django.get_version(),
     "Python": lambda _: f"{sys.version_info.major}.{sys.version_info.minor}",
     "cloudpickle": lambda _: cloudpickle.__version__.partition(".")[0],
