@@ -6,18 +6,19 @@ database gives. So what is not known to compare alike on all of them is refused.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from math import isnan
 from typing import Any
 
-from django.db import Error, connections
+from django.db import Error, InterfaceError, OperationalError, connections
 from django.db.models import BigIntegerField, FloatField, Func
 from django.db.models.expressions import ExpressionWrapper
 
 from parallel_orm.collations import TEXT, Collation, Unknown, collation_of, ranks_on, target_of
 from parallel_orm.ordering import LONGEST
+from parallel_orm.outcomes import named
 
 #: Internal types of Django's fields whose values Python compares as every database does.
 PLAIN = frozenset(
@@ -58,6 +59,14 @@ class Comparison:
         return {value: value if self.canonical is None else self.canonical(value) for value in present}
 
 
+def refuse_unknown(comparisons: Iterable[Comparison], answers: Iterable[str]) -> None:
+    """Raise what kept a database from saying how it compares, if it has answered all the same."""
+    for alias in answers:
+        for comparison in comparisons:
+            if alias in comparison.failed:
+                raise comparison.failed[alias]
+
+
 def comparison_of(name: str, expressions: Mapping[str, Any]) -> Comparison:
     """Return how an expression of several databases compares, by their aliases. Raises :class:`NotComparable`."""
     aliases = list(expressions)
@@ -81,13 +90,11 @@ def comparison_of(name: str, expressions: Mapping[str, Any]) -> Comparison:
         _refuse_unequal(name, "are times of", zones)
         return Comparison(_without_zone)
     if kind == "UUIDField":
-        if first.vendor == "mysql" and first.features.has_native_uuid_field:
-            return Comparison(rank=_Ranks(aliases[0], "CAST({0} AS UUID)"))
-        return Comparison()
+        return _of_uuids(name, aliases) if first.vendor == "mysql" else Comparison()
     if kind == "BinaryField" and first.vendor != "mysql":
         return Comparison(bytes)
     if kind == "GenericIPAddressField" and first.vendor == "postgresql":
-        return Comparison(rank=_Ranks(aliases[0], "{0}::inet"))
+        return Comparison(rank=_Ranks(dict.fromkeys(aliases, "{0}::inet")))
     if kind in TEXT:
         return _of_text(name, column, expressions)
     raise NotComparable(f"{name} is a {kind}, which Python does not compare as {first.vendor} does")
@@ -122,10 +129,28 @@ def _of_text(name: str, column: Any, expressions: Mapping[str, Any]) -> Comparis
     _refuse_unequal(
         name, "are sorted by", {a: each.name for a, each in found.items()}, [c.identity for c in found.values()]
     )
-    alias, collation = next(iter(found.items()))
+    collation = next(iter(found.values()))
     if collation.is_python:
         return Comparison(failed=failed)
-    return Comparison(rank=_Ranks(alias, collation.sql), tells_all_apart=collation.tells_all_apart, failed=failed)
+    rank = _Ranks({alias: each.sql for alias, each in found.items()})
+    return Comparison(rank=rank, tells_all_apart=collation.tells_all_apart, failed=failed)
+
+
+def _of_uuids(name: str, aliases: Sequence[str]) -> Comparison:
+    """Return how MariaDB's compare, which has a type for them since version 10.7: so it is asked for that."""
+    found, failed = dict[str, bool](), dict[str, Error]()
+    for alias in aliases:
+        try:
+            with named(alias):
+                found[alias] = bool(connections[alias].features.has_native_uuid_field)
+        except Error as error:
+            failed[alias] = error
+    if not found:
+        raise next(iter(failed.values()))
+    _refuse_unequal(name, "are", {alias: "of the type UUID" if each else "text" for alias, each in found.items()})
+    if not any(found.values()):
+        return Comparison(failed=failed)
+    return Comparison(rank=_Ranks(dict.fromkeys(found, "CAST({0} AS UUID)")), failed=failed)
 
 
 def _refuse_unequal(name: str, what: str, by_alias: Mapping[str, str], identities: Sequence[Any] = ()) -> None:
@@ -136,14 +161,22 @@ def _refuse_unequal(name: str, what: str, by_alias: Mapping[str, str], identitie
 
 @dataclass(frozen=True, slots=True)
 class _Ranks:
-    """Has a database rank values, by this SQL."""
+    """Has one of several databases that sort alike rank values: the first that answers."""
 
-    alias: str
-    sql: str
+    #: By what each sorts.
+    sql: Mapping[str, str]
 
     def __call__(self, values: list[Any]) -> Mapping[Any, int]:
-        ranks = ranks_on(self.alias, self.sql, [str(value) for value in values])
-        return {value: ranks[str(value)] for value in values}
+        failed: Error | None = None
+        for alias, sql in self.sql.items():
+            try:
+                ranks = ranks_on(alias, sql, [str(value) for value in values])
+            except (OperationalError, InterfaceError) as error:  # it is down: its own rows, if any, are here already
+                failed = failed or error
+            else:
+                return {value: ranks[str(value)] for value in values}
+        assert failed is not None
+        raise failed
 
 
 def _number(value: Any) -> tuple[bool, Any]:

@@ -12,7 +12,7 @@ A slice is asked of each database from its beginning to its end: ``limit + offse
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
@@ -24,7 +24,7 @@ from django.db.models.sql import Query
 from parallel_orm import errors
 from parallel_orm.asking import Question
 from parallel_orm.chunks import describe_key
-from parallel_orm.comparing import Comparison, NotComparable, comparison_of
+from parallel_orm.comparing import Comparison, NotComparable, comparison_of, refuse_unknown
 from parallel_orm.guards import WINDOW
 from parallel_orm.identity import VALUES, are_instances_of_one_table, is_grouped, selects_primary_key
 from parallel_orm.merging import Page, Term, in_order, joined, merged, sort_keys
@@ -117,12 +117,10 @@ class Fan:
         parts = {alias: (self.limited(each.queryset), fetch) for alias, each in found.items()}
 
         def join(answers: Mapping[str, list[Any]]) -> list[Any]:
-            for term in terms:
-                for alias, error in term.comparison.failed.items():
-                    if alias in answers:
-                        raise error
+            compared = [*(term.comparison for term in terms), *(() if apart is None else apart.comparisons)]
+            refuse_unknown(compared, answers)
             pages = [found[alias].page(rows) for alias, rows in answers.items()]
-            rows = joined(pages, terms) if apart is None else apart(pages, terms)
+            rows = joined(pages, terms) if apart is None else apart.join(pages, terms)
             return rows[self.low : self.high]
 
         return self.question("fetch", parts, join)
@@ -210,11 +208,13 @@ class Fan:
             given[name] = each
         vendor = connections[next(iter(self.querysets))].vendor
         aggregates: dict[str, Recombined] = {}
+        compared: list[_Resolved] = []
         asked: dict[str, Any] = {}
         for name, expression in given.items():
             if not hasattr(expression, "resolve_expression"):
                 raise TypeError("QuerySet.aggregate() received non-expression(s): " + f"{expression}.")
             comparing = _Resolved(name, expression, self.querysets)
+            compared.append(comparing)
             first = next(iter(comparing.resolved().values()))  # an error of the caller's is theirs, here
             try:
                 field = first._output_field_or_none
@@ -226,6 +226,8 @@ class Fan:
         parts = {alias: (rows, Call("aggregate", **asked)) for alias, rows in self.querysets.items()}
 
         def join(answers: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+            for each in compared:
+                each.answered.update(answers)
             try:
                 return {
                     name: each.whole([tuple(answer[part] for part in names[name]) for answer in answers.values()])
@@ -291,8 +293,14 @@ def fetch(rows: Any, clock: Stopwatch) -> tuple[list[Any], int]:
     return found, len(found)
 
 
-#: Joins pages, and has what several of them have once.
-Apart = Callable[[Sequence[Page], Sequence[Term]], list[Any]]
+@dataclass(frozen=True, slots=True)
+class Apart:
+    """How what several databases have comes once."""
+
+    #: Joins pages.
+    join: Callable[[Sequence[Page], Sequence[Term]], list[Any]]
+    #: How the columns compare that tell rows apart.
+    comparisons: Sequence[Comparison] = ()
 
 
 def apart_of(querysets: Mapping[str, Rows]) -> Apart:
@@ -303,7 +311,7 @@ def apart_of(querysets: Mapping[str, Rows]) -> Apart:
         number = len(query.distinct_fields)
         if len(effective_ordering(query)) < number:
             raise NotComparable("it is distinct by columns that it is not ordered by")
-        return lambda pages, terms: _once_by_order(pages, terms, number)
+        return Apart(lambda pages, terms: _once_by_order(pages, terms, number))
     if not issubclass(first._iterable_class, VALUES):
         raise NotComparable("it is not known what tells its rows apart")
     selects = {alias: _selected(alias, queryset) for alias, queryset in querysets.items()}
@@ -312,7 +320,7 @@ def apart_of(querysets: Mapping[str, Rows]) -> Apart:
         comparison_of(f"column {place + 1}", {alias: each[place] for alias, each in selects.items()})
         for place in range(len(one))
     ]
-    return lambda pages, terms: _once(pages, terms, comparisons)
+    return Apart(lambda pages, terms: _once(pages, terms, comparisons), comparisons)
 
 
 def _selected(alias: str, queryset: Rows) -> list[Any]:
@@ -396,11 +404,12 @@ def pages(rows: Iterator[Any], size: int) -> Iterator[list[Any]]:
 
 @dataclass(frozen=True, slots=True)
 class _Resolved:
-    """Tells, if asked, how the values of an aggregate compare."""
+    """Tells, if asked, how the values of an aggregate compare on the databases that have answered."""
 
     name: str
     expression: Any
     querysets: Mapping[str, Rows]
+    answered: set[str] = field(default_factory=set)
 
     def resolved(self) -> dict[str, Any]:
         found = {}
@@ -417,4 +426,7 @@ class _Resolved:
         return found
 
     def __call__(self) -> Comparison:
-        return comparison_of(repr(self.name), self.resolved())
+        there = {alias: each for alias, each in self.resolved().items() if alias in self.answered}
+        comparison = comparison_of(repr(self.name), there)
+        refuse_unknown([comparison], there)
+        return comparison

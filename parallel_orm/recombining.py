@@ -37,6 +37,12 @@ class Recombined:
     parts: tuple[Any, ...]
     #: Makes the whole of what the databases said, a tuple for each.
     whole: Callable[[Sequence[tuple[Any, ...]]], Any]
+    #: The same for many groups, where that is one query, and not one for each.
+    wholes: Callable[[Sequence[Sequence[tuple[Any, ...]]]], list[Any]] | None = None
+
+    def of_groups(self, groups: Sequence[Sequence[tuple[Any, ...]]]) -> list[Any]:
+        """Make the whole of each group."""
+        return list(map(self.whole, groups)) if self.wholes is None else self.wholes(groups)
 
 
 def recombined(name: str, expression: Any, field: Any, vendor: str, comparison: Callable[[], Comparison]) -> Recombined:
@@ -78,11 +84,14 @@ def recombined(name: str, expression: Any, field: Any, vendor: str, comparison: 
     if default is None:
         return parts
 
-    def with_default(answers: Sequence[tuple[Any, ...]]) -> Any:
-        found = parts.whole(answers)
+    def or_default(found: Any) -> Any:
         return (default if field is None else field.to_python(default)) if found is None else found
 
-    return Recombined(parts.parts, with_default)
+    return Recombined(
+        parts.parts,
+        lambda answers: or_default(parts.whole(answers)),
+        lambda groups: list(map(or_default, parts.of_groups(groups))),
+    )
 
 
 def _same(kind: type[Aggregate], expression: Any) -> Any:
@@ -111,15 +120,16 @@ def _sum(expression: Any, kind: str | None, vendor: str, comparison: Callable[[]
 
 
 def _extreme(expression: Any, kind: str | None, vendor: str, comparison: Callable[[], Comparison]) -> Recombined:
-    aggregate = type(expression)
+    aggregate: type[Aggregate] = type(expression)
+    outer: Callable[..., Any] = min if aggregate is Min else max
 
-    def whole(values: list[Any]) -> Any:
-        if len(values) == 1:
-            return values[0]
-        keys = comparison().keys(values)
-        return (min if aggregate is Min else max)(values, key=lambda value: keys[value])
+    def wholes(groups: Sequence[Sequence[tuple[Any, ...]]]) -> list[Any]:
+        there = [[value for value, *_ in answers if value is not None] for answers in groups]
+        several = {value for values in there if len(values) > 1 for value in values}
+        keys = comparison().keys(list(several)) if several else {}
+        return [outer(values, key=keys.get, default=None) for values in there]
 
-    return Recombined((_same(aggregate, expression),), _first(whole))
+    return Recombined((_same(aggregate, expression),), lambda answers: wholes([answers])[0], wholes)
 
 
 def _average(expression: Any, kind: str | None, vendor: str, comparison: Callable[[], Comparison]) -> Recombined:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from django.db import connections
+from django.db import Error, connections
 from django.db.models import Max, Min, QuerySet
 from django.db.models.expressions import Col, Ref
 from django.db.models.query import (
@@ -17,7 +18,7 @@ from django.db.models.query import (
 )
 from django.db.models.utils import create_namedtuple_class
 
-from parallel_orm.comparing import Comparison, NotComparable, comparison_of
+from parallel_orm.comparing import Comparison, NotComparable, comparison_of, refuse_unknown
 from parallel_orm.merging import Term, in_order, sort_keys
 from parallel_orm.ordering import parts as parts_of
 from parallel_orm.recombining import CannotRecombine, Recombined, recombined
@@ -39,6 +40,10 @@ class Regrouping:
     aggregates: list[tuple[int, Recombined, list[int]]]
     #: The order: the columns, and how they compare.
     order: list[tuple[int, Term]]
+    #: The columns that tell the rows of a ``distinct()`` apart, and how they compare; None: each group is a row.
+    apart: list[tuple[int, Comparison]] | None
+    #: How those compare of which the least or the greatest is wanted.
+    extremes: list[Comparison]
     kind: Any
     names: list[str]
     low: int
@@ -46,12 +51,20 @@ class Regrouping:
 
     def join(self, answers: Mapping[str, list[tuple[Any, ...]]]) -> list[Any]:
         """Return the rows of all groups, as the queryset has them."""
+        refuse_unknown([term.comparison for term in self._all_terms], answers)
         rows = [row for answer in answers.values() for row in answer]
         keys, _ = sort_keys([[[row[place] for row in rows] for place, _ in self.groups]], self._terms)
         together: dict[Any, list[tuple[Any, ...]]] = {}
         for row, key in zip(rows, keys[0], strict=True):
             together.setdefault(key, []).append(row)
-        found = list(map(self._one, together.values()))
+        groups = list(together.values())
+        found = [list(rows[0]) for rows in groups]
+        for place, aggregate, parts in self.aggregates:
+            wholes = aggregate.of_groups([[tuple(row[part] for part in parts) for row in rows] for rows in groups])
+            for made, whole in zip(found, wholes, strict=True):
+                made[place] = whole
+        if self.apart is not None:
+            found = self._once(found, self.apart)
         if self.order:
             columns = [[row[place] for row in found] for place, _ in self.order]
             (known,), backwards = sort_keys([columns], [term for _, term in self.order])
@@ -62,12 +75,19 @@ class Regrouping:
     def _terms(self) -> list[Term]:
         return [Term(comparison) for _, comparison in self.groups]
 
-    def _one(self, rows: list[tuple[Any, ...]]) -> list[Any]:
-        """Make one row of those of a group."""
-        made = list(rows[0])
-        for place, aggregate, parts in self.aggregates:
-            made[place] = aggregate.whole([tuple(row[part] for part in parts) for row in rows])
-        return made
+    @property
+    def _all_terms(self) -> list[Term]:
+        others = [*self.extremes, *(comparison for _, comparison in self.apart or ())]
+        return [*self._terms, *(term for _, term in self.order), *map(Term, others)]
+
+    def _once(self, rows: list[list[Any]], apart: Sequence[tuple[int, Comparison]]) -> list[list[Any]]:
+        """Return the rows that differ in these columns, and in what they are ordered by, as SQL has it."""
+        columns = [[row[place] for row in rows] for place, _ in (*apart, *self.order)]
+        (keys,), _ = sort_keys([columns], [*(Term(each) for _, each in apart), *(term for _, term in self.order)])
+        once: dict[Any, list[Any]] = {}
+        for row, key in zip(rows, keys, strict=True):
+            once.setdefault(key, row)
+        return list(once.values())
 
     def _as_asked(self, rows: list[list[Any]]) -> list[Any]:
         if self.kind is ValuesIterable:
@@ -85,7 +105,8 @@ def regrouping(querysets: Mapping[str, Rows], low: int, high: int | None) -> Reg
 
     Raises :class:`~parallel_orm.comparing.NotComparable` and :class:`~parallel_orm.recombining.CannotRecombine`.
     """
-    asked = {alias: _Asked(alias, queryset) for alias, queryset in querysets.items()}
+    extremes: dict[str, Comparison] = {}
+    asked = {alias: _Asked(alias, queryset, extremes) for alias, queryset in querysets.items()}
     first = next(iter(asked.values()))
     groups = [
         (place, comparison_of(name, {alias: each.expressions[place] for alias, each in asked.items()}))
@@ -93,12 +114,18 @@ def regrouping(querysets: Mapping[str, Rows], low: int, high: int | None) -> Reg
     ]
     for name, annotation in first.annotations.items():
         if any(isinstance(each, Max | Min) for each in parts_of(annotation)):  # compares, where several have some
-            comparison_of(repr(name), {alias: each.annotations[name] for alias, each in asked.items()})
+            extremes[name] = comparison_of(repr(name), {a: each.annotations[name] for a, each in asked.items()})
     order = []
     for number, (place, item) in enumerate(first.order):
         expressions = {alias: each.order_expressions[number] for alias, each in asked.items()}
         comparison = comparison_of(first.all_names[place], expressions)
         order.append((place, term_of(item, comparison, first.alias)))
+    apart = None
+    if first.is_distinct:
+        apart = [
+            (place, comparison_of(repr(name), {alias: each.selected[place] for alias, each in asked.items()}))
+            for place, name in enumerate(first.names)
+        ]
     for each in list(asked.values())[1:]:
         assert each.all_names == first.all_names
     kind: Any = first.kind
@@ -110,6 +137,8 @@ def regrouping(querysets: Mapping[str, Rows], low: int, high: int | None) -> Reg
         groups,
         first.aggregates,
         order,
+        apart,
+        list(extremes.values()),
         kind,
         names,
         low,
@@ -118,9 +147,12 @@ def regrouping(querysets: Mapping[str, Rows], low: int, high: int | None) -> Reg
 
 
 class _Asked:
-    """The groups of one database, with the columns that tell them apart, and the parts of their aggregates."""
+    """The groups of one database, with the columns that tell them apart, and the parts of their aggregates.
 
-    def __init__(self, alias: str, queryset: Rows) -> None:
+    ``extremes`` will have how those compare of which the least or the greatest is wanted, by their names.
+    """
+
+    def __init__(self, alias: str, queryset: Rows, extremes: Mapping[str, Comparison]) -> None:
         self.alias = alias
         self.kind = queryset._iterable_class
         query: Any = queryset.query.clone()
@@ -134,6 +166,8 @@ class _Asked:
         compiler = query.get_compiler(alias)
         compiler.setup_query()
         self.names = names_of(query)
+        self.selected = [expression for expression, *_ in compiler.select]
+        self.is_distinct = bool(query.distinct)
         order = [resolved for resolved, _ in compiler.get_order_by()] if query.order_by else []
         self.expressions: dict[int, Any] = {}
         self.annotations = selected = dict(query.annotation_select)
@@ -141,7 +175,7 @@ class _Asked:
         self._query, self._added = query, list(self.names)
         self.group_places = []
         for number, expression in enumerate(grouped):
-            raw = comparison_of(_name(expression), {alias: expression}).raw
+            raw = _raw_of(alias, expression)
             place = self._add(f"{NAME}group_{number}", expression if raw is None else raw(expression))
             self.expressions[place] = expression
             self.group_places.append((_name(expression), place))
@@ -150,7 +184,7 @@ class _Asked:
         for name, annotation in selected.items():
             if not annotation.contains_aggregate or name not in self.names:
                 continue
-            compare = _Comparing(name, alias, annotation)
+            compare = partial(extremes.__getitem__, name)
             found = recombined(name, annotation, annotation._output_field_or_none, vendor, compare)
             # In the place of the whole, which an alias may have too few rows for.
             first, *others = found.parts
@@ -184,16 +218,12 @@ class _Asked:
         return len(self._added) - 1
 
 
-@dataclass(frozen=True, slots=True)
-class _Comparing:
-    """Tells, if asked, how the values of an aggregate compare."""
-
-    name: str
-    alias: str
-    expression: Any
-
-    def __call__(self) -> Comparison:
-        return comparison_of(self.name, {self.alias: self.expression})
+def _raw_of(alias: str, expression: Any) -> Callable[[Any], Any] | None:
+    """Return what is asked for instead of a column, if anything is."""
+    try:
+        return comparison_of(_name(expression), {alias: expression}).raw
+    except Error:  # nobody says how its text is sorted, which is asked for as it is
+        return None
 
 
 def _source(expression: Any) -> Any:

@@ -37,7 +37,7 @@ from django.db.models import (
 from django.db.models.functions import Collate, Concat, Length, Lower, Mod, Rank, TruncMonth
 from django.test import override_settings
 
-from parallel_orm import Failure, collations, errors, parallel_map
+from parallel_orm import Failure, collations, comparing, errors, parallel_map
 from parallel_orm.options import from_settings
 from tests.asynchronous import run
 from tests.conftest import _run
@@ -353,6 +353,38 @@ def test_groups_of_other_shapes(both):
     same(both, lambda rows: rows.values("name").annotate(n=Count("pk")).order_by("name"))
     same(both, lambda rows: rows.values("number").annotate(n=Count("pk")), ordered=False)
     same(both, lambda rows: rows.values(two=F("number") * 2).annotate(n=Count("pk")).order_by("two"))
+
+
+def test_extremes_of_groups_are_ranked_at_once(both, monkeypatch):
+    """By one query, however many groups there are."""
+    ranks_on, asked = comparing.ranks_on, []
+    monkeypatch.setattr(comparing, "ranks_on", lambda *args: asked.append(args) or ranks_on(*args))
+    name = linguistic(both[0].db)
+    if "." in name:
+        pytest.skip(f"Django refuses the name {name!r}")
+    extremes = {"a": Max(Collate("name", name)), "b": Min(Collate("name", name))}
+    rows = both[1].values("number").annotate(**extremes).order_by("number")
+    found = list(rows)
+    assert len(found) == 5
+    assert len(asked) == 2
+    folded = [{**row, "a": row["a"].lower(), "b": row["b"].lower()} for row in found]
+    assert folded == [
+        {**row, "a": row["a"].lower(), "b": row["b"].lower()}
+        for row in both[0].values("number").annotate(**extremes).order_by("number")
+    ]
+
+
+def test_distinct_groups(both):
+    """What several groups have in common comes once, and counts once."""
+
+    def sizes(rows):
+        return rows.values("day").annotate(n=Count("pk"), m=Max("name")).values_list("n", flat=True).distinct()
+
+    assert len(same(both, lambda rows: sizes(rows).order_by("n"))) > 1
+    same(both, lambda rows: sizes(rows).order_by("-n")[1:3])
+    same(both, lambda rows: sizes(rows).count())
+    same(both, lambda rows: sizes(rows).order_by("n", "day"))
+    same(both, lambda rows: rows.values("day").annotate(m=Max("name")).values("m").distinct().order_by("m"))
 
 
 def test_rows_know_where_they_live(alias, shards):

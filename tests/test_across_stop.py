@@ -8,12 +8,14 @@ import threading
 from contextlib import ExitStack
 
 import pytest
-from django.db import DatabaseError, connections, transaction
-from django.db.models import Count
+from django.db import DatabaseError, OperationalError, connections, transaction
+from django.db.models import Count, Max, Min
+from django.db.models.functions import Collate
 
-from parallel_orm import errors
+from parallel_orm import comparing, errors
 from tests.conftest import _run
 from tests.shards import databases_like
+from tests.test_across import linguistic
 from tests.test_stop import an_alias_like, until
 from tests.testapp.models import Sale, Shop
 
@@ -231,6 +233,52 @@ def test_a_server_that_is_down(alias, shards):
             assert list(rows.missing) == [dead]
             with pytest.raises(DatabaseError):
                 Sale.objects.across(dead, partial=True).count()
+
+
+ASKED_OF_A_SERVER_THAT_IS_DOWN = {
+    "text": lambda rows: [row.pk for row in rows.order_by("name", "pk")],
+    "uuid": lambda rows: [row.pk for row in rows.order_by("code", "pk")],
+    "groups": lambda rows: list(rows.values("name").annotate(n=Count("pk"), m=Max("name")).order_by("name")),
+    "groups of uuid": lambda rows: list(rows.values("code").annotate(n=Count("pk")).order_by("code")),
+    "distinct": lambda rows: list(rows.values("name", "code").distinct().order_by("name")),
+    "aggregate": lambda rows: rows.aggregate(m=Max("name"), n=Min("name")),
+}
+
+
+def test_how_a_server_that_is_down_sorts(alias, shards):
+    """It need not be known, whatever is asked: what it would have sorted is not there."""
+    if connections[alias].vendor == "sqlite":
+        pytest.skip("has no server")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        with an_alias_like(alias, HOST="127.0.0.1", PORT=str(taken.getsockname()[1])) as dead:
+            for verb, ask in ASKED_OF_A_SERVER_THAT_IS_DOWN.items():
+                rows = Sale.objects.across(dead, *shards, partial=True)
+                assert ask(rows) == ask(Sale.objects.across(*shards)), verb
+                with pytest.raises(DatabaseError) as raised:
+                    ask(Sale.objects.across(dead, *shards))
+                assert any(repr(dead) in each for each in raised.value.__notes__), verb
+
+
+def test_a_server_that_goes_down_before_it_ranks(alias, shards, monkeypatch):
+    """Another one that sorts alike is asked instead."""
+    ranks_on, asked = comparing.ranks_on, []
+
+    def fails(name, *args):
+        asked.append(name)
+        if name == shards[0]:
+            raise OperationalError("it is down")
+        return ranks_on(name, *args)
+
+    collation = linguistic(alias)
+    if "." in collation:
+        pytest.skip(f"Django refuses the name {collation!r}")
+    for place, name in enumerate(shards):
+        Sale.objects.using(name).update(name="bac"[place])
+    monkeypatch.setattr(comparing, "ranks_on", fails)
+    rows = Sale.objects.across(*shards).order_by(Collate("name", collation), "pk")
+    assert [row.name for row in rows] == [*"aaabbbccc"]
+    assert asked == list(shards[:2])
 
 
 def test_in_a_transaction_of_one_of_them(shards):
