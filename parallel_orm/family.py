@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Generator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from inspect import iscoroutinefunction
@@ -23,6 +23,7 @@ from parallel_orm.mapping import Run, mapping
 from parallel_orm.merges import Merge
 from parallel_orm.merging import merged
 from parallel_orm.options import MAP_CHUNK_SIZE, OnError, Options, Progress
+from parallel_orm.outcomes import named
 from parallel_orm.plan import Plan, plan_map
 from parallel_orm.questions import Fan
 from parallel_orm.report import Call, Report
@@ -110,7 +111,10 @@ class MapCall:
             options.keys,
         )
         stays = self.choice.kind == "inline"
-        self.plans: Sequence[Plan] = [plan_map(verb, queryset, options, stays=stays) for queryset in querysets]
+        self.plans: list[Plan] = []
+        for queryset in querysets:
+            with named(queryset.db) if self.is_across else nullcontext():
+                self.plans.append(plan_map(verb, queryset, options, stays=stays))
         self.report = Report() if report is None else report
         self.report.reason = next((plan.inline for plan in self.plans if plan.inline is not None), None)
         self.report.call = asked_for(self)
@@ -229,7 +233,11 @@ def fan_of(verb: str, queryset: Any) -> Fan | None:
     if fan is None:
         return None
     if fan.partial:
-        raise fan.refusal(verb, "partial=True has no place to tell what is missing", 'Use on_error="collect".')
+        raise fan.refusal(
+            verb,
+            "partial=True has no place to tell what is missing",
+            "Take across() of those that answer, without partial=True.",
+        )
     if fan.is_sliced or not fan.is_whole:
         raise fan.refusal(
             verb,

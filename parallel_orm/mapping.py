@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -19,7 +19,7 @@ from parallel_orm.executors import workers_for
 from parallel_orm.executors.choice import Choice
 from parallel_orm.keeping import Everything, Nothing
 from parallel_orm.options import Options
-from parallel_orm.outcomes import Failed, Outcome, opened
+from parallel_orm.outcomes import Failed, Outcome, named, opened
 from parallel_orm.pace import Pace
 from parallel_orm.plan import Plan
 from parallel_orm.progress import listener_for, told
@@ -78,17 +78,17 @@ def _begun(
     first, *others = (plan.job(replace(work, snapshot=snapshots[plan.alias].name)) for plan in plans)
 
     def cut(chunk: Chunk, rows: int) -> tuple[Chunk, Chunk | None]:
-        with snapshots[chunk.alias].here():
+        with named_of_several(plans, chunk.alias), snapshots[chunk.alias].here():
             return plans[chunk.plan].in_two(chunk, rows)
 
     def keys_of(chunk: Chunk) -> list[Any]:
-        with snapshots[chunk.alias].here():
+        with named_of_several(plans, chunk.alias), snapshots[chunk.alias].here():
             return plans[chunk.plan].keys_of(chunk)
 
     paces = [plan.pace(choice_number(choice, inline)) for plan in plans]
     by_plan = (
-        snapshots[plan.alias].within(numbered(number, plan.chunks(pace)))
-        for number, (plan, pace) in enumerate(zip(plans, paces, strict=True))
+        snapshots[plan.alias].within(chunks)
+        for plan, chunks in zip(plans, chunks_of_several(plans, paces), strict=True)
     )
     chunks = InTurn(by_plan) if in_turn else chain.from_iterable(by_plan)
     job = replace(first, others=tuple(others))
@@ -168,7 +168,7 @@ def running(
                 supply,
                 workers.send,
                 window,
-                label_of=lambda chunk: job.of(chunk).label,
+                label_of=job.place_of,
                 steal=workers.steal,
                 left=left,
             )
@@ -179,9 +179,25 @@ def running(
     return Run(told(report.watch(outcomes), listener, parts.count), window, supply)
 
 
-def numbered(number: int, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
-    """Yield the chunks of the plan of this number."""
-    return chunks if number == 0 else (replace(chunk, plan=number) for chunk in chunks)
+def chunks_of_several(plans: Sequence[Plan], paces: Sequence[Pace]) -> Iterator[Iterator[Chunk]]:
+    """Yield the chunks of one plan after the other, which know the number of theirs."""
+
+    def numbered(number: int, plan: Plan, pace: Pace) -> Iterator[Chunk]:
+        chunks = plan.chunks(pace)
+        while True:
+            with named_of_several(plans, plan.alias):
+                chunk = next(chunks, None)
+            if chunk is None:
+                return
+            yield chunk if number == 0 else replace(chunk, plan=number)
+
+    for number, (plan, pace) in enumerate(zip(plans, paces, strict=True)):
+        yield numbered(number, plan, pace)
+
+
+def named_of_several(plans: Sequence[Plan], alias: str) -> AbstractContextManager[None]:
+    """Within: an error says which database it is of, if a call asks several."""
+    return named(alias) if any(plan.alias != alias for plan in plans) else nullcontext()
 
 
 def row_by_row(outcomes: Iterator[Outcome], *, keys_of: Callable[[Chunk], list[Any]], work: Apply) -> Iterator[Outcome]:

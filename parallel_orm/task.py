@@ -72,6 +72,12 @@ class Job:
     def label(self) -> str:
         return str(self.queryset.model._meta.label)
 
+    def place_of(self, chunk: Chunk) -> str:
+        """Return what a chunk is of, for a message; with its database, if the call is over several."""
+        label, mine = self.of(chunk).label, self.queryset.db
+        is_over_several = any(each.queryset.db != mine for each in self.others)
+        return f"{label} on {chunk.alias!r}" if is_over_several else label
+
     @property
     def functions(self) -> list[Any]:
         """The user's own that it calls."""
@@ -140,7 +146,7 @@ class Task:
                 done = Done(*job.work(rows, clock))
         except BaseException as error:
             if not chunk.is_whole:
-                note(error, f"in {chunk} of {job.label}")
+                note(error, f"in {chunk} of {self.job.place_of(chunk)}")
             stage = clock.stage or "database"
             return Outcome(
                 chunk,
@@ -179,7 +185,7 @@ class Task:
         if outcome.error is not None or was_open or not is_in_transaction(wrapper):
             return outcome
         error = errors.left_a_transaction(name_of(self.job.work))
-        note(error, f"in {self.chunk} of {self.job.of(self.chunk).label}")
+        note(error, f"in {self.chunk} of {self.job.place_of(self.chunk)}")
         return replace(outcome, value=None, error=error, failed=(), rest=None)
 
     def run_in_thread(self) -> Outcome:

@@ -21,9 +21,9 @@ from parallel_orm.failures import Failure
 from parallel_orm.family import SharedKnobs, chunks_of, plain_callable
 from parallel_orm.items import Feed, Items, length_of
 from parallel_orm.keyset import Key
-from parallel_orm.mapping import Parts, Run, is_of_the_rows, numbered, running
+from parallel_orm.mapping import Parts, Run, chunks_of_several, is_of_the_rows, named_of_several, running
 from parallel_orm.options import MAP_CHUNK_SIZE, Options
-from parallel_orm.outcomes import Failed, Outcome, Packed, note, opened
+from parallel_orm.outcomes import Failed, Outcome, Packed, named, note, opened
 from parallel_orm.pace import Pace
 from parallel_orm.plan import Plan, plan_map, plan_walk
 from parallel_orm.report import Call, Report, attach
@@ -152,18 +152,25 @@ class WriteCall:
         if self.run_id is not None:
             raise errors.run_of_several(self.verb)
         calls = [self, *(WriteCall(self.verb, queryset, processes, knobs) for queryset in others)]
-        return self._all_written([(call._plan(), call) for call in calls], work)
+        planned = []
+        for call in calls:
+            with named(call.queryset.db):
+                planned.append((call._plan(), call))
+        return self._all_written(planned, work)
 
     def _all_written(self, planned: Sequence[tuple[Plan, WriteCall]], work: Change) -> Report:
         plans, calls = [plan for plan, _ in planned], [call for _, call in planned]
         paces = [Pace(self.size) for _ in plans]
         first, *others = (replace(plan.job(work), session=call.session) for plan, call in planned)
-        chunks = InTurn(
-            numbered(number, plan.chunks(pace)) for number, (plan, pace) in enumerate(zip(plans, paces, strict=True))
-        )
+        chunks = InTurn(chunks_of_several(plans, paces))
 
         def cut(chunk: Chunk, rows: int) -> tuple[Chunk, Chunk | None]:
-            return plans[chunk.plan].in_two(chunk, rows)
+            with named_of_several(plans, chunk.alias):
+                return plans[chunk.plan].in_two(chunk, rows)
+
+        def keys_of(chunk: Chunk) -> list[Any]:
+            with named_of_several(plans, chunk.alias):
+                return plans[chunk.plan].keys_of(chunk)
 
         def again(failures: Sequence[Failure]) -> Report:
             failures = to_be_written(failures)
@@ -180,9 +187,7 @@ class WriteCall:
         self.report.reason = self.inline
         job = replace(first, others=tuple(others))
         count = lambda: sum(plan.count() for plan in plans)  # noqa: E731
-        return self._written(
-            Parts(job, chunks, paces, cut, count, lambda chunk: plans[chunk.plan].keys_of(chunk)), work, None
-        )
+        return self._written(Parts(job, chunks, paces, cut, count, keys_of), work, None)
 
     def _rows_again(self, failures: Sequence[Failure], plan: Plan, work: Change) -> Report:
         failures = to_be_written(failures)

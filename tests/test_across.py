@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from decimal import Decimal
 
 import pytest
-from django.db import connections, router
+from django.db import ProgrammingError, connections, router
 from django.db.models import (
     Avg,
     Case,
@@ -39,6 +39,7 @@ from django.test import override_settings
 
 from parallel_orm import Failure, collations, comparing, errors, parallel_map
 from parallel_orm.options import from_settings
+from parallel_orm.testing import fail_chunk
 from tests.asynchronous import run
 from tests.conftest import _run
 from tests.shards import databases_like
@@ -945,6 +946,41 @@ ASKED_OF_ONE_WITHOUT_TABLE = {
     "count": lambda rows: rows.count(),
     "first": lambda rows: rows.first(),
 }
+
+
+MAPPED = {
+    "map": lambda rows, way: rows.order_by("number", "pk").parallel_map(key, **way),
+    "map of pages": lambda rows, way: rows.parallel_map(key, **way),
+    "imap": lambda rows, way: list(rows.parallel_imap(key, **way)),
+    "each": lambda rows, way: rows.parallel_each(key, on_error="collect", **way),
+    "reduce": lambda rows, way: rows.parallel_reduce(key, int.__add__, 0, **way),
+    "update": lambda rows, way: rows.parallel_update(doubled, **way),
+    "delete": lambda rows, way: rows.parallel_delete(**way),
+    "plan": lambda rows, way: str(rows.explain_plan()),
+}
+
+
+def test_an_error_of_a_map_names_its_database(alias, shards):
+    """One that comes while chunks are cut, and one that comes in a worker."""
+    rows = Sale.objects.across(*shards, writable=True)
+    for name in shards:
+        Sale.objects.using(name).create(pk=1)
+    with connections[shards[1]].cursor() as cursor:
+        cursor.execute("ALTER TABLE testapp_sale RENAME TO elsewhere")
+    connections[shards[1]].close()
+    try:
+        for verb, ask in MAPPED.items():
+            with pytest.raises(Exception) as raised:  # psycopg2's own, of Django's iterator()
+                ask(rows, {"threads": 2})
+            assert any(repr(shards[1]) in each for each in raised.value.__notes__), verb
+    finally:
+        connections[shards[1]].close()
+        with connections[shards[1]].cursor() as cursor:
+            cursor.execute("ALTER TABLE elsewhere RENAME TO testapp_sale")
+    for verb in ("map", "imap", "update"):
+        with fail_chunk(0, ProgrammingError("lost")), pytest.raises(ProgrammingError) as raised:
+            MAPPED[verb](rows, {"threads": 2})
+        assert any(f"testapp.Sale on '{alias}_shard" in each for each in raised.value.__notes__), verb
 
 
 def test_a_table_that_one_does_not_have(alias, shards):
