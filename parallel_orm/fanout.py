@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -116,11 +116,9 @@ class QueryAcross(Query):
         raise self._refusal()
 
     def _refusal(self) -> errors.UnsupportedQuerySet:
-        return errors.unsupported(
-            "a query",
-            str(self.model and self.model._meta.label),
-            "it is over several databases, and here goes to one, or into a query of another",
-            "Take using(alias) of it, or list its values first.",
+        return errors.UnsupportedQuerySet(
+            f"A queryset of {self.model and self.model._meta.label} over several databases cannot go to one, nor into "
+            "the query of another queryset. Take using(alias) of it, or list its values first."
         )
 
     def sql_with_params(self) -> tuple[str, tuple[Any, ...]]:
@@ -276,21 +274,27 @@ class AcrossMixin(_Base):
         if self._told is not None:
             self._told._tell(missing)
 
-    def _fan(self, timeout: float | None = None) -> Fan:
+    def _fan(self, timeout: float | None = None, tell: Any = None) -> Fan:
         query: Any = self.query
         across = self._across
         querysets = {}
         for alias in across.aliases:
             querysets[alias] = rows = self.on(alias)
             rows.query.clear_limits()
-        return Fan(
-            querysets, query.low_mark, query.high_mark, timeout or across.timeout, across.partial, tell=self._tell
-        )
+        timeout = timeout or across.timeout
+        return Fan(querysets, query.low_mark, query.high_mark, timeout, across.partial, tell or self._tell)
 
     def _refusal(self, verb: str, problem: str, instead: str = "Take using(alias).") -> errors.UnsupportedQuerySet:
         return errors.unsupported(verb, self.model._meta.label, f"{problem} ({self._across})", instead)
 
     # --- Reading ------------------------------------------------------------------------
+
+    def __getitem__(self, place: Any) -> Any:
+        """As Django's, over all databases."""
+        if isinstance(place, slice) and place.step is None:  # a queryset, which will have its own to tell
+            return super().__getitem__(place)
+        with self._told_by_clones():
+            return super().__getitem__(place)
 
     def _question(self, verb: str, timeout: float | None = None) -> Question:
         fan = self._fan(timeout)
@@ -422,7 +426,11 @@ class AcrossMixin(_Base):
 
     def explain_plan(self, chunk_size: int | None = None, **knobs: Any) -> Any:
         """Return the plan of each database, in a dictionary by alias whose ``str()`` tells them all."""
-        return Plans({alias: self.on(alias).explain_plan(chunk_size, **knobs) for alias in self.aliases})
+        plans = Plans()
+        for alias in self.aliases:
+            with named(alias):
+                plans[alias] = self.on(alias).explain_plan(chunk_size, **knobs)
+        return plans
 
     # What is started answers when it is asked for.
 
@@ -433,7 +441,7 @@ class AcrossMixin(_Base):
         if query.can_filter() and not query.distinct_fields:
             rows = rows.order_by()
         rows.query.set_limits(high=2)
-        question = rows._fan(self._across.timeout).rows("get")
+        question: Question = rows._fan(tell=self._tell).rows("get")
 
         def one(answers: Mapping[str, Any]) -> Any:
             found = question.join(answers)
@@ -444,8 +452,7 @@ class AcrossMixin(_Base):
                 raise self.model.DoesNotExist(f"{name} matching query does not exist.")
             raise self.model.MultipleObjectsReturned(f"get() returned more than one {name} -- it returned 2 or more!")
 
-        pending: PendingAcross = rows._fan().question("get", question.parts, one).asked()
-        return pending
+        return replace(question, verb="get", join=one).asked()
 
     def start_first(self, *, timeout: float | None = None) -> PendingAcross:
         """Start ``first()`` on all databases."""
@@ -456,14 +463,12 @@ class AcrossMixin(_Base):
         return self._start_outer(self.reverse() if self.ordered else self.order_by("-pk"), "last", timeout)
 
     def _start_outer(self, rows: Any, verb: str, timeout: float | None) -> PendingAcross:
-        one = rows[:1]
-        question = one._fan(timeout).rows(verb)
+        question: Question = rows[:1]._fan(timeout, self._tell).rows(verb)
 
         def outer(answers: Mapping[str, Any]) -> Any:
             return next(iter(question.join(answers)), None)
 
-        pending: PendingAcross = one._fan(timeout).question(verb, question.parts, outer).asked()
-        return pending
+        return replace(question, verb=verb, join=outer).asked()
 
     def start_aggregate(self, *args: Any, **kwargs: Any) -> PendingAcross:
         """Start ``aggregate()`` on all databases."""
@@ -564,4 +569,8 @@ class Plans(dict[str, Plan]):
     """The plan of each database, by alias; ``str()`` tells them all."""
 
     def __str__(self) -> str:
-        return "\n".join(map(str, self.values()))
+        told = []
+        for alias, plan in self.items():
+            with named(alias):
+                told.append(str(plan))
+        return "\n".join(told)

@@ -56,29 +56,29 @@ def recombined(name: str, expression: Any, field: Any, vendor: str, comparison: 
     if type(expression) is Coalesce:  # what a resolved one with a default is
         expression, *defaults = expression.get_source_expressions()
         if len(defaults) != 1 or not isinstance(defaults[0], Value):
-            raise CannotRecombine(f"{name!r} has a default that is computed: give it a plain value.")
+            raise CannotRecombine(f"{name!r} has a default that is computed: give it a plain value")
         default = defaults[0].value
     kind = type(expression)
     if kind not in KINDS:
         what = kind.__name__ if isinstance(expression, Aggregate) else "an expression of aggregates"
         raise CannotRecombine(
             f"{name!r} is {what}, which does not follow from those of each database: Sum, Min, Max, Count, Avg, StdDev "
-            "and Variance do. Ask for these and compute it of them, or ask each database by using(alias)."
+            "and Variance do: ask for these, and compute it of them"
         )
     if kind is not Count and hasattr(field, "from_db_value") and not type(field).__module__.startswith("django."):
         raise CannotRecombine(
-            f"{name!r} is made into something else by {type(field).__name__}.from_db_value(): Cast it to a plain type."
+            f"{name!r} is made into something else by {type(field).__name__}.from_db_value(): Cast it to a plain type"
         )
     if getattr(expression, "distinct", False) and kind not in (Min, Max):
         raise CannotRecombine(
             f"{name!r} is distinct, and the same value may be on several databases: take "
-            f'values("column").distinct(), and aggregate what comes of it.'
+            f'values("column").distinct(), and aggregate what comes of it'
         )
     if expression.default is not None:
         default = expression.default
         if hasattr(default, "resolve_expression"):
             if not isinstance(default, Value):
-                raise CannotRecombine(f"{name!r} has a default that is computed: give it a plain value.")
+                raise CannotRecombine(f"{name!r} has a default that is computed: give it a plain value")
             default = default.value
     parts = KINDS[kind](expression, None if field is None else field.get_internal_type(), vendor, comparison)
     if default is None:

@@ -159,7 +159,7 @@ class _Asked:
         where: Any = query.where
         if where.contains_aggregate:
             raise CannotRecombine(
-                "groups are filtered by an aggregate, of which each database knows a part: filter what comes of it."
+                "groups are filtered by an aggregate, of which each database knows a part: filter what comes of it"
             )
         if query.extra_order_by:
             raise NotComparable("groups are ordered by extra(order_by=...), which is SQL that cannot be compared")

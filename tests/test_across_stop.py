@@ -107,6 +107,33 @@ def test_a_partial_answer(shards, ask):
     assert rows.all().missing == {}, "a queryset made of it has its own"
 
 
+TOLD = {
+    "start_get": lambda rows: rows.start_get(pk=7).result(),
+    "start_first": lambda rows: rows.start_first().result(),
+    "start_last": lambda rows: rows.start_last().result(),
+    "index": lambda rows: rows[3],
+    "step": lambda rows: rows[0:6:2],
+}
+
+
+@pytest.mark.parametrize("ask", TOLD.values(), ids=TOLD)
+def test_whoever_was_asked_tells_what_is_missing(shards, ask):
+    """Also where it is a clone that asks, which nobody else has."""
+    with connections[shards[1]].cursor() as cursor:
+        cursor.execute("ALTER TABLE testapp_sale RENAME TO elsewhere")
+    try:
+        rows = Sale.objects.across(*shards, partial=True).order_by("pk")
+        assert ask(rows) == ask(Sale.objects.across(shards[0], shards[2]).order_by("pk"))
+        assert list(rows.missing) == [shards[1]]
+        part = rows[:3]
+        assert len(part) == 3
+        assert list(part.missing) == [shards[1]]
+    finally:
+        connections[shards[1]].close()
+        with connections[shards[1]].cursor() as cursor:
+            cursor.execute("ALTER TABLE elsewhere RENAME TO testapp_sale")
+
+
 def test_a_partial_answer_in_the_order_of_text(shards):
     """How a database sorts is looked up there: where it cannot be, the others' rows are there all the same."""
     with connections[shards[1]].cursor() as cursor:
