@@ -238,13 +238,7 @@ def fan_of(verb: str, queryset: Any) -> Fan | None:
             "partial=True has no place to tell what is missing",
             "Take across() of those that answer, without partial=True.",
         )
-    if fan.is_sliced or not fan.is_whole:
-        raise fan.refusal(
-            verb,
-            "rows of a slice, of a distinct() or of groups are not those of each database",
-            "Drop these, or filter(pk__in=...) the rows that are meant.",
-        )
-    fan.refuse_what_sees_all(verb)
+    fan.refuse_what_has_no_chunks(verb)
     return fan
 
 

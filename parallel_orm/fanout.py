@@ -424,12 +424,15 @@ class AcrossMixin(_Base):
         found = self._streamed(verb, pages_of)
         return lists()
 
-    def explain_plan(self, chunk_size: int | None = None, **knobs: Any) -> Any:
+    def explain_plan(self, chunk_size: int | None = None, *, walk: bool = False, **knobs: Any) -> Any:
         """Return the plan of each database, in a dictionary by alias whose ``str()`` tells them all."""
-        plans = Plans()
-        for alias in self.aliases:
+        fan, plans = self._fan(), Plans()
+        if not walk:
+            fan.refuse_what_has_no_chunks("explain_plan")
+        for alias, queryset in fan.querysets.items():
+            rows: Any = fan.limited(queryset)
             with named(alias):
-                plans[alias] = self.on(alias).explain_plan(chunk_size, **knobs)
+                plans[alias] = rows.explain_plan(chunk_size, walk=walk, **knobs)
         return plans
 
     # What is started answers when it is asked for.
@@ -530,6 +533,8 @@ class AcrossMixin(_Base):
 
     def _to_be_written(self, verb: str) -> list[Rows]:
         self.refuse_unwritable(verb)
+        if not self.query.is_sliced:  # which is refused in Django's words
+            self._fan().refuse_what_has_no_chunks(verb)
         return [self.on(alias) for alias in self.aliases]
 
     async def aupdate(self, **kwargs: Any) -> Any:

@@ -261,6 +261,16 @@ class Fan:
             rows.query.set_limits(high=self.high)
         return rows
 
+    def refuse_what_has_no_chunks(self, verb: str) -> None:
+        """Refuse what is not made of the rows that each database has of it."""
+        if self.is_sliced or not self.is_whole:
+            raise self.refusal(
+                verb,
+                "rows of a slice, of a distinct() or of groups are not those of each database",
+                "Drop these, or filter(pk__in=...) the rows that are meant.",
+            )
+        self.refuse_what_sees_all(verb)
+
     def refuse_what_sees_all(self, verb: str) -> None:
         """Refuse what depends on rows of other databases."""
         query: Any = self.first.query

@@ -888,6 +888,21 @@ def test_maps_that_are_refused(both):
         several.parallel_update(key)
     with pytest.raises(errors.UnsupportedQuerySet, match="writable"):
         several.parallel_delete()
+    with pytest.raises(errors.UnsupportedQuerySet, match="slice"):
+        several.order_by("pk")[:5].explain_plan()
+    writable = Sale.objects.across(*several.aliases, writable=True)
+    with pytest.raises(errors.UnsupportedQuerySet, match=r"distinct\(\)"):
+        writable.order_by("number").distinct("number").parallel_update(key)
+    with pytest.raises(errors.UnsupportedQuerySet, match="union of slices"):
+        writable.order_by("pk")[:1].union(writable.order_by("-pk")[:1]).parallel_update(key)
+    with pytest.raises(TypeError, match="slice"):
+        writable.order_by("pk")[:5].parallel_update(key)
+
+
+def test_plan_of_the_walk_of_a_slice(both):
+    """Each database is asked from its beginning to the end of the slice."""
+    plans = both[1].order_by("pk")[2:5].explain_plan(walk=True)
+    assert {plan.count() for plan in plans.values()} == {5}
 
 
 def doubled(row):
