@@ -196,6 +196,11 @@ class AcrossMixin(_Base):
         rows._query, rows._db = asked(self.query), alias
         for name in ("_across", "_told", "_missing", "_tells"):
             rows.__dict__.pop(name, None)
+        # Of a related manager: the instance that it is of is no other database's, which Django refuses to set.
+        rows._known_related_objects = {
+            relation: {key: instance for key, instance in known.items() if instance._state.db == alias}
+            for relation, known in rows._known_related_objects.items()
+        }
         return rows
 
     def using(self, alias: Any) -> Any:

@@ -398,6 +398,18 @@ def test_rows_know_where_they_live(alias, shards):
     assert rows[3].shop is None or rows[3].shop._state.db == homes[4]
 
 
+def test_related_rows(both):
+    """Of a related manager: rows have the instance that it is of on its own database, and theirs on others."""
+    one, several = both
+    shop = Shop.objects.using(several.aliases[1]).get(pk=1)
+    rows = list(shop.sales.across(*several.aliases).order_by("pk"))
+    assert [row.pk for row in rows] == [row.pk for row in one.filter(shop=1).order_by("pk")]
+    assert {row._state.db for row in rows} == set(several.aliases)
+    for row in rows:
+        assert row.shop._state.db == row._state.db
+        assert (row.shop is shop) == (row._state.db == several.aliases[1])
+
+
 def test_two_rows_of_one_key(alias, shards):
     """A key may be on two databases: that is never made one row, nor one chosen."""
     for name in shards[:2]:
