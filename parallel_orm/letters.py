@@ -26,7 +26,7 @@ from parallel_orm import errors, wire
 from parallel_orm.capsule import Locale
 from parallel_orm.chunks import Chunk
 from parallel_orm.outcomes import Outcome, packing
-from parallel_orm.parcels import OPEN_PARCELS, dumps, run_parcel
+from parallel_orm.parcels import OPEN_PARCELS, dumps, run_parcel, that_cannot_travel
 from parallel_orm.proof import claims, refuse_another_world
 from parallel_orm.seals import sealed, unsealed
 from parallel_orm.task import Job
@@ -98,18 +98,9 @@ def _written(job: Job, write: Callable[[Any], bytes], engine: str) -> bytes:
     try:
         return write(job)
     except Exception as error:
-        for function in job.functions:
-            if not _can_be(function, write):
-                raise errors.function_cannot_travel(function, engine, error) from error
+        if guilty := that_cannot_travel(job, write):
+            raise errors.function_cannot_travel(guilty[0], engine, error) from error
         raise errors.queryset_cannot_travel(job.label, engine, error) from error
-
-
-def _can_be(function: Any, write: Callable[[Any], bytes]) -> bool:
-    try:
-        write(function)
-    except Exception:
-        return False
-    return True
 
 
 def run_letter(letter: Letter, chunk: Chunk, *, rests: bool = False) -> Outcome:

@@ -9,6 +9,7 @@ import pickle
 import sys
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -50,9 +51,8 @@ class Parcel:
         try:
             data = dumps(job)
         except Exception as error:
-            for function in job.functions:
-                if not _is_picklable(function):
-                    raise errors.function_not_picklable(function, error) from error
+            if guilty := that_cannot_travel(job, dumps):
+                raise errors.function_not_picklable(guilty[0], error) from error
             raise errors.queryset_not_picklable(job.label, error) from error
         return cls(dumps(World.of_caller()), data)
 
@@ -101,12 +101,17 @@ def dumps(value: object) -> bytes:
     return file.getvalue()
 
 
-def _is_picklable(value: object) -> bool:
-    try:
-        dumps(value)
-    except Exception:
-        return False
-    return True
+def that_cannot_travel(job: Job, write: Callable[[Any], bytes]) -> list[Any]:
+    """Return those functions of a job that cannot be written down so."""
+
+    def can_travel(function: Any) -> bool:
+        try:
+            write(function)
+        except Exception:
+            return False
+        return True
+
+    return [function for function in job.functions if not can_travel(function)]
 
 
 def run_parcel(parcel: Packet, chunk: Chunk, *, rests: bool = False) -> Outcome:
