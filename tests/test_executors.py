@@ -19,6 +19,7 @@ from parallel_orm.executors.processes import end_pools
 from parallel_orm.options import from_settings
 from parallel_orm.testing import override_executor
 from tests import functions
+from tests.clusters import dask_cluster
 from tests.testapp.models import Article, Author, ByUuid
 
 pytestmark = pytest.mark.pairs
@@ -59,11 +60,21 @@ class AtOnce(Executor):
         return future
 
 
-@pytest.fixture(params=[*OURS, "foreign threads", "foreign processes", "foreign and odd"])
+@pytest.fixture(scope="module")
+def dask():
+    """A client of a cluster whose workers have settings of their own; started when a test first asks for it."""
+    with dask_cluster() as client:
+        yield client
+
+
+@pytest.fixture(params=[*OURS, "foreign threads", "foreign processes", "foreign and odd", "dask"])
 def on(request, foreign):
     method = request.param if request.param in ("spawn", "fork") else "forkserver"
     with override_settings(PARALLEL_ORM={"START_METHOD": method}):
-        yield OURS[request.param] if request.param in OURS else {"executor": foreign[request.param]}
+        if request.param == "dask":
+            yield {"executor": request.getfixturevalue("dask")}
+        else:
+            yield OURS[request.param] if request.param in OURS else {"executor": foreign[request.param]}
 
 
 @pytest.fixture
@@ -126,7 +137,7 @@ def test_nothing_is_kept_open(articles, alias, on):
 
 def test_hooks(articles, on, request):
     """Each worker is made ready before its first row; a list of its own has all that it saw, in the end."""
-    if "end_hook" in on or "foreign processes" in request.node.callspec.id or "odd" in request.node.callspec.id:
+    if request.node.callspec.params["on"] in ("foreign processes", "foreign and odd", "dask"):
         with pytest.raises(errors.InvalidOption, match="no way to reach each of its processes"):
             articles.parallel_map(functions.see, end_hook=functions.what_was_seen, **on)
         assert len(articles.parallel_map(functions.see, init_hook=functions.make_ready, chunk_size=5, **on)) == 50
