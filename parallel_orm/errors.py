@@ -497,6 +497,13 @@ def nobody_consumes(queue: str, seconds: float) -> EngineUnavailable:
     )
 
 
+def no_dask_workers(where: str, seconds: float) -> EngineUnavailable:
+    return EngineUnavailable(
+        f"Dask's scheduler at {where} has had no worker for {seconds:g} seconds: start some by `dask worker {where}`. "
+        'Of a cluster that needs longer to begin some, say so: PARALLEL_ORM["DASK"]["PATIENCE"].'
+    )
+
+
 def no_pickles_here() -> InvalidOption:
     return InvalidOption(
         'A message is a pickle, and this worker takes none: set PARALLEL_ORM["CELERY"]["PICKLE"] = True in its '

@@ -195,12 +195,15 @@ def _executors(value: Any) -> Mapping[str, Mapping[str, Any]]:
                         f"has OPTIONS for {name!r} that {backend!r} does not know, which takes "
                         + ("none." if backend == "inline" else f'{{"{backend}": a whole number from 1}}.'),
                     )
+        elif backend in ("dask", "celery"):
+            known = {key.lower(): kinds for key, kinds in ENGINES[backend.upper()].items()}
+            _refuse_unknown(executor.get("OPTIONS", {}), known, "EXECUTORS", f" in the OPTIONS of {name!r}")
     return dict(value)
 
 
 #: The settings of each engine, and what a value of each must be.
 ENGINES: Mapping[str, Mapping[str, type[Any] | tuple[type[Any], ...]]] = {
-    "DASK": {"ADDRESS": str, "TIMEOUT": (int, float)},
+    "DASK": {"ADDRESS": str, "TIMEOUT": (int, float), "PATIENCE": (int, float)},
     "CELERY": {
         "APP": str,
         "QUEUE": str,
@@ -216,12 +219,18 @@ def _engine(given: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     value = given.get(name, {})
     if not isinstance(value, Mapping):
         raise errors.bad_setting(name, f"must be a dictionary, not {value!r}.")
-    for key, each in value.items():
-        if key not in ENGINES[name]:
-            raise errors.bad_setting(name, f"has no {key!r}; there are {', '.join(ENGINES[name])}.")
-        if not isinstance(each, ENGINES[name][key]) or (isinstance(each, bool) and ENGINES[name][key] is not bool):
-            raise errors.bad_setting(name, f"has {each!r} for {key!r}, which is of the wrong type.")
+    _refuse_unknown(value, ENGINES[name], name)
     return dict(value)
+
+
+def _refuse_unknown(
+    value: Mapping[str, Any], known: Mapping[str, type[Any] | tuple[type[Any], ...]], setting: str, where: str = ""
+) -> None:
+    for key, each in value.items():
+        if key not in known:
+            raise errors.bad_setting(setting, f"has {key!r}{where}; there are {', '.join(known)}.")
+        if not isinstance(each, known[key]) or (isinstance(each, bool) and known[key] is not bool):
+            raise errors.bad_setting(setting, f"has {each!r} for {key!r}{where}, which is of the wrong type.")
 
 
 def _is_whole(value: object) -> bool:

@@ -104,7 +104,7 @@ def _choose(options: Options, executor: Any) -> Choice:
         if isinstance(executor, str):
             chosen = _of_engine if executor in ENGINES else _built_in
             return chosen(executor, options, arguments, name)
-    if type(executor).__module__.partition(".")[0] == "distributed":
+    if any(each.__module__.partition(".")[0] == "distributed" for each in type(executor).__mro__):
         return _of_engine("dask", options, {"client": executor}, name)
     is_made = not hasattr(executor, "submit") or isinstance(executor, type)
     if is_made and not callable(executor):

@@ -10,14 +10,16 @@ import asyncio
 import atexit
 import os
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import CancelledError, Executor, Future
+from concurrent.futures import CancelledError, Executor, Future, InvalidStateError
 from contextlib import contextmanager, suppress
 from functools import partial
 from multiprocessing import spawn
+from time import monotonic
 from typing import Any
 from uuid import uuid4
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 from django.conf import settings
 
@@ -33,6 +35,10 @@ except ImportError as error:
 
 #: Seconds for a scheduler to answer.
 TIMEOUT = 10.0
+#: Seconds for which a cluster may have no worker at all, while there is work.
+PATIENCE = 60.0
+#: Seconds between two looks whether it has.
+LOOKS = 5.0
 
 
 class DjangoWorker(WorkerPlugin):  # type: ignore[misc]
@@ -61,48 +67,91 @@ class DaskExecutor(Executor):
     supports_end_hook = False
     #: Whether functions may be lambdas, closures, and those of a script.
     supports_by_value = True
-
     #: Whether anybody tells what became of a call.
     supports_answers = True
 
-    def __init__(self, client: Client, *, waits: bool = False) -> None:
-        self.client, self._waits = client, waits
+    def __init__(
+        self,
+        client: Client,
+        *,
+        most: int | None = None,
+        waits: bool = False,
+        patience: float = PATIENCE,
+        how: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Over a client; with ``most``, no more calls than that are at the cluster at once. ``how``: what Dask is told
+        of each call beside.
+        """
+        self.client = client
+        self._most, self._waits, self._patience, self._how = most, waits, patience, {**(how or {}), "pure": False}
+        #: Guards the next two, which the thread that submits has, and that of the client.
+        self._lock = threading.Lock()
+        self._waiting: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
+        self._flying: dict[Future[Any], Any] = {}
+        self._watcher: asyncio.Task[None] | None = None
 
     @property
     def number(self) -> int:
-        """How many calls the cluster works on at once, as it is now."""
-        return sum(self.client.nthreads().values()) or 1
+        """How many calls are worked on at once, as the cluster is now."""
+        there = sum(self.client.nthreads().values()) or 1
+        return there if self._most is None else min(self._most, there)
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         """Send a call on its way.
 
         The future raises :class:`~parallel_orm.errors.WorkerDied` where the workers that had the call ended, each of as
-        many as the scheduler allows; :class:`~parallel_orm.errors.EngineUnavailable` where the scheduler went.
+        many as the scheduler allows; :class:`~parallel_orm.errors.EngineUnavailable` where the scheduler went, or all
+        workers, and none came.
         """
-        key = f"parallel_orm-{uuid4().hex}"
-        there = self.client.submit(partial(fn, **kwargs), *args, key=key, pure=False)
         here: Future[Any] = Future()
         if self._waits:
             here.set_running_or_notify_cancel()
-        here.add_done_callback(lambda here: here.cancelled() and there.cancel())
-        there.add_done_callback(partial(self._land, here))
+        with self._lock:
+            self._waiting.append((here, partial(fn, *args, **kwargs)))
+        self._send()
         return here
 
-    def _land(self, here: Future[Any], there: Any) -> None:
+    def _send(self) -> None:
+        """Send what may be sent."""
+        while True:
+            with self._lock:
+                if not self._waiting or (self._most is not None and len(self._flying) >= self._most):
+                    return
+                here, call = self._waiting.popleft()
+                if here.cancelled():
+                    continue
+                self._flying[here] = None  # its place is taken
+            try:
+                there = self.client.submit(call, key=f"parallel_orm-{uuid4().hex}", **self._how)
+                self._flying[here] = there
+                self.client.loop.add_callback(self._land, here, there)
+            except Exception as error:
+                self._flying.pop(here, None)
+                _set(here, error=errors.engine_unreachable("Dask's scheduler", _where(self.client), error))
+                continue
+            here.add_done_callback(partial(_let_go, there))
+
+    async def _land(self, here: Future[Any], there: Any) -> None:
         """Have what became of a task be what becomes of the call."""
+        result: Any = None
+        error: BaseException | None = None
+        try:
+            result = await there.result()
+        except KilledWorker:
+            error = errors.WorkerDied(None, None)
+        except CancelledError:
+            error = errors.engine_lost("Dask's scheduler")
+        except Exception as raised:
+            # A result that is there, and cannot be fetched.
+            is_lost = isinstance(raised, OSError) and there.status != "error"
+            error = errors.engine_lost("Dask's scheduler") if is_lost else raised
+        with self._lock:
+            self._flying.pop(here, None)
+        self._send()
+        _set(here, result, error)
         if self._waits:
             with suppress(Exception):
-                Event(there.key, client=self.client).clear()
-        if not (here.running() or here.set_running_or_notify_cancel()):
-            return
-        try:
-            here.set_result(there.result())
-        except KilledWorker:
-            here.set_exception(errors.WorkerDied(None, None))
-        except CancelledError:
-            here.set_exception(errors.engine_lost("Dask's scheduler"))
-        except Exception as error:
-            here.set_exception(error)
+                await Event(there.key, client=self.client).clear()
 
     def once(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         """Return a function that does what ``fn`` does, once: Dask has what a lost worker was at, or had done, done
@@ -111,7 +160,64 @@ class DaskExecutor(Executor):
         return partial(_once, fn)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Leave the cluster as it is: it is not of this call."""
+        """Leave the cluster as it is: it is not of this call. What nobody waits for any more is not begun."""
+        with self._lock:
+            self._waiting.clear()
+            left = [there for there in self._flying.values() if there is not None]
+        for there in left:
+            there.release()
+        with suppress(RuntimeError):  # the client is closed
+            self.client.loop.add_callback(self._end_watch)
+
+    # Whether anybody is there.
+
+    def watch(self) -> None:
+        """From now on, see whether there are workers, while there are calls."""
+        self.client.loop.add_callback(self._begin_watch)
+
+    def _begin_watch(self) -> None:
+        self._watcher = asyncio.ensure_future(self._watch())
+
+    def _end_watch(self) -> None:
+        if self._watcher is not None:
+            self._watcher.cancel()
+
+    async def _watch(self) -> None:
+        since = monotonic()
+        while True:
+            await asyncio.sleep(min(self._patience / 4, LOOKS))
+            try:
+                workers = await self.client.scheduler.ncores()
+            except Exception:  # whoever waits hears of it by its future
+                workers = True
+            if workers or not self._flying:
+                since = monotonic()
+            elif monotonic() - since >= self._patience:
+                with self._lock:
+                    lost = [*self._flying, *(here for here, _ in self._waiting)]
+                    self._waiting.clear()
+                for here in lost:
+                    _set(here, error=errors.no_dask_workers(_where(self.client), self._patience))
+
+
+def _set(future: Future[Any], result: Any = None, error: BaseException | None = None) -> None:
+    """Have a future done, unless it is."""
+    with suppress(InvalidStateError):
+        if not (future.running() or future.set_running_or_notify_cancel()):
+            return
+        if error is None:
+            future.set_result(result)
+        else:
+            future.set_exception(error)
+
+
+def _let_go(there: Any, here: Future[Any]) -> None:
+    """Have the scheduler forget a task of which nobody wants to hear."""
+    there.release()
+
+
+def _where(client: Client) -> str:
+    return str(getattr(client.scheduler, "address", None) or "its address")
 
 
 def _once(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
@@ -134,6 +240,7 @@ def executor(
     client: Any = None,
     address: str | None = None,
     timeout: float = TIMEOUT,
+    patience: float = PATIENCE,
     waits: bool = False,
 ) -> Iterator[DaskExecutor]:
     """Have an executor: over a client that was given, the cluster at an address, or one of so many processes here.
@@ -142,37 +249,55 @@ def executor(
 
     :raises EngineUnavailable: no scheduler answers within ``timeout`` seconds, or its workers cannot be made ready.
     """
+    how: Mapping[str, Any] = {}
     if isinstance(client, ClientExecutor):
-        client = client._client
+        client, how = client._client, client._kwargs
     if client is None:
         client = _kept(address, number, timeout)
+    elif not isinstance(client, Client):
+        raise errors.bad_executor(client, "is no client of a cluster: give cluster.get_client().")
     if client.asynchronous:
-        raise errors.bad_executor(client, "is asynchronous: give one that is not, or the address of its scheduler.")
-    if client not in _made_ready:
-        module = getattr(settings, "SETTINGS_MODULE", None)
+        raise errors.bad_executor(
+            client, "would have to wait for itself here, in its own event loop: use another thread."
+        )
+    _make_ready(client, timeout)
+    made = DaskExecutor(client, most=number, waits=waits, patience=patience, how=how)
+    made.watch()
+    try:
+        yield made
+    finally:
+        made.shutdown()
+
+
+def _make_ready(client: Client, timeout: float) -> None:
+    """Have the workers set Django up, those of a scheduler that was started anew too."""
+    try:
+        scheduler = client.sync(client.scheduler.identity, callback_timeout=timeout)["id"]
+    except Exception as error:
+        raise errors.engine_unreachable("Dask's scheduler", _where(client), error) from error
+    if _made_ready.get(client) != scheduler:
         try:
-            client.register_plugin(DjangoWorker(module))
+            client.register_plugin(DjangoWorker(getattr(settings, "SETTINGS_MODULE", None)))
         except Exception as error:
             raise errors.engine_not_ready("Dask", error) from error
-        _made_ready.add(client)
-    yield DaskExecutor(client, waits=waits)
+        _made_ready[client] = scheduler
 
 
-def is_of_dask(value: object) -> bool:
-    """Tell whether this is a client, or an executor of a client's."""
-    return isinstance(value, Client | ClientExecutor)
-
-
-# Clients of ours, by address, or by the number of processes of a cluster here; and those whose workers have Django.
+# Clients of ours, by address, or by the number of processes of a cluster here; and the schedulers of clients whose
+# workers have Django.
 _lock = threading.Lock()
 _clients: dict[object, Client] = {}
-_made_ready: WeakSet[Client] = WeakSet()
+_of_parents: list[dict[object, Client]] = []
+_made_ready: WeakKeyDictionary[Client, str] = WeakKeyDictionary()
 
 
 def _kept(address: str | None, number: int | None, timeout: float) -> Client:
     with _lock:
         client = _clients.get(address or number)
-        if client is None or client.status != "running":
+        if client is not None and client.status != "running":
+            _end(client)
+            client = None
+        if client is None:
             client = _clients[address or number] = _connected(address, number, timeout)
         return client
 
@@ -187,7 +312,9 @@ def _connected(address: str | None, number: int | None, timeout: float) -> Clien
     # `if __name__ == "__main__"` would start its whole work anew in each of them, also in those that are started later.
     spawn.get_preparation_data = without_main
     try:
-        cluster = LocalCluster(n_workers=number, threads_per_worker=1, dashboard_address=None, host="127.0.0.1")
+        cluster = LocalCluster(
+            n_workers=number, threads_per_worker=1, dashboard_address="127.0.0.1:0", host="127.0.0.1"
+        )
         return Client(cluster, timeout=timeout, set_as_default=False)
     except (OSError, TimeoutError, RuntimeError) as error:
         raise errors.engine_unreachable("Dask", "a cluster of this process's own", error) from error
@@ -199,19 +326,24 @@ def end_clients() -> None:
         clients = list(_clients.values())
         _clients.clear()
     for client in clients:
-        with suppress(Exception):
-            cluster = client.cluster
-            client.close()
-            if cluster is not None:
-                cluster.close()
+        _end(client)
+
+
+def _end(client: Client) -> None:
+    cluster = client.cluster
+    with suppress(Exception):
+        client.close()
+    with suppress(Exception):
+        if cluster is not None:
+            cluster.close()
 
 
 def _forget() -> None:
-    """In a forked child: the connections are the parent's."""
-    global _lock
+    """In a forked child: the connections are the parent's, and a client that nobody refers to would close its own."""
+    global _lock, _clients
     _lock = threading.Lock()
-    _clients.clear()
-    _made_ready.clear()
+    _of_parents.append(_clients)
+    _clients = {}
 
 
 atexit.register(end_clients)
