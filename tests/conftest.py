@@ -8,7 +8,7 @@ Fixtures, each giving an alias whose database is empty:
 
 A test that asks for none of them, and is not a Django ``TestCase``, can't connect.
 A test of a database that is not reachable is skipped, saying why; with
-``PARALLEL_ORM_REQUIRE=postgres,mariadb`` it fails instead, and so does a run in
+``PARALLEL_ORM_REQUIRE=postgres,mariadb,redis`` it fails instead, and so does a run in
 which no test of a required kind ran.
 
 Of a test with the mark ``pairs`` not all that its parameters make together runs, but
@@ -37,7 +37,7 @@ from typing import Any
 
 import pytest
 
-from tests.databases import KINDS, Databases
+from tests.databases import KINDS, REQUIRABLE, Databases
 from tests.pairs import enough
 
 _run = pytest.StashKey["Run"]()
@@ -57,7 +57,7 @@ class Run:
         self.databases = Databases()
         self.folder = Path(tempfile.mkdtemp(prefix="parallel-orm-tests-"))
         self.kinds: dict[str, set[str]] = {}
-        """Of each test: the kinds of database that it uses."""
+        """Of each test: the kinds of database and of broker that it uses."""
         self.ran: set[str] = set()
         """The kinds of which a test was not skipped."""
         self._listing = config.option.collectonly
@@ -95,7 +95,7 @@ class Run:
             for kind in sorted({KINDS[alias] for alias in _asked_for(item)}):
                 item.add_marker(kind)
             marks = {mark.name for mark in item.iter_markers()}
-            self.kinds[item.nodeid] = marks & set(KINDS.values())
+            self.kinds[item.nodeid] = marks & REQUIRABLE
 
     @pytest.hookimpl(specname="pytest_collection_modifyitems", trylast=True)  # of what was chosen
     def pytest_leave_out(self, config: pytest.Config, items: list[pytest.Function]) -> None:
@@ -223,7 +223,7 @@ def _threads_are_free() -> Iterator[None]:
     async_thread_closed()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def databases(pytestconfig: pytest.Config) -> Databases:
     return pytestconfig.stash[_run].databases
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,13 @@ KINDS = {
 }
 """Every alias, and the mark of the tests that use it."""
 
+#: What else a test can need, with the mark of its name.
+BROKERS: dict[str, Callable[[list[servers.OwnServer]], servers.Found]] = {
+    "redis": servers.find_redis,
+    "rabbitmq": servers.find_rabbitmq,
+}
+REQUIRABLE = {*KINDS.values(), *BROKERS}
+
 _SQLITE = "django.db.backends.sqlite3"
 
 # Django fills these when it makes a database and remembers their keys.
@@ -36,11 +43,10 @@ class Databases:
         self.allowed: set[str] = set()
         required = os.environ.get("PARALLEL_ORM_REQUIRE", "")
         self.required = {kind.strip() for kind in required.split(",")} - {""}
-        unknown = self.required - set(KINDS.values())
+        unknown = self.required - REQUIRABLE
         if unknown:
             raise pytest.UsageError(
-                f"PARALLEL_ORM_REQUIRE: {', '.join(sorted(unknown))} is none of "
-                f"{', '.join(sorted(set(KINDS.values())))}"
+                f"PARALLEL_ORM_REQUIRE: {', '.join(sorted(unknown))} is none of {', '.join(sorted(REQUIRABLE))}"
             )
         self._started: list[servers.OwnServer] = []
         self._made: dict[str, list[Any]] = {}
@@ -121,6 +127,17 @@ class Databases:
         if alias in self._used:
             self._used.discard(alias)
             empty(alias, self._tables[alias])
+
+    def url_of(self, broker: str) -> str:
+        """Return where a broker is, or skip the running test."""
+        if broker not in self.found:
+            self.found[broker] = BROKERS[broker](self._started)
+        found = self.found[broker]
+        if found.settings is None:
+            if broker in self.required:
+                pytest.fail(f"{broker} is required but not reachable: {found.how}", pytrace=False)
+            pytest.skip(f"{broker}: {found.how}")
+        return str(found.settings["URL"])
 
     @contextmanager
     def using(self, alias: str) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Finds or starts the database servers that the tests talk to.
+"""Finds or starts the servers that the tests talk to: of databases, and of messages.
 
 Only the process that runs pytest does that, once, before Django is set up;
 worker processes are told what it found by the environment (``tests.settings``).
@@ -8,6 +8,12 @@ worker processes are told what it found by the environment (``tests.settings``).
   own, on a free port of the loopback address.
 * MariaDB: ``PARALLEL_ORM_MARIADB_URL``, else whatever lets ``root`` in without
   a password at 127.0.0.1:3306.
+* Redis: ``PARALLEL_ORM_REDIS_URL``, else one of our own, from the machine's
+  ``redis-server``.
+* RabbitMQ: ``PARALLEL_ORM_RABBITMQ_URL``, else whatever lets ``guest`` in at
+  127.0.0.1:5672.
+
+Those of messages are looked for when a test first asks for one.
 
 A server of our own is the child of a small supervisor (this file, run as a
 script), which stops it and removes its folder when told so, or as soon as the
@@ -39,7 +45,7 @@ START_SECONDS = 60
 
 @dataclass(frozen=True)
 class Found:
-    """What came of looking for a server: its Django settings, or why there are none."""
+    """What came of looking for a server: its settings, Django's or a URL, or why there are none."""
 
     settings: dict[str, Any] | None
     how: str
@@ -75,6 +81,32 @@ def find_mariadb() -> Found:
     settings = _settings_of(url or "mysql://root@127.0.0.1:3306/")
     settings["OPTIONS"] = {"charset": "utf8mb4", **settings.get("OPTIONS", {})}
     return _checked(name, settings, _ask_mariadb)
+
+
+def find_redis(started: list[OwnServer]) -> Found:
+    """Look for Redis, or start one and append it to `started`, for the caller to stop."""
+    if not _importable("redis"):
+        return Found(None, "the package redis is not installed")
+    url = os.environ.get("PARALLEL_ORM_REDIS_URL")
+    if url:
+        return _checked("PARALLEL_ORM_REDIS_URL", {"URL": url}, _ask_redis)
+    server = OwnServer("redis")
+    try:
+        at = server.start()
+        settings = {"URL": f"redis://{at['HOST']}:{at['PORT']}/0"}
+    except (Unavailable, OSError) as error:
+        return Found(None, str(error))
+    started.append(server)
+    return _checked("started for this run", settings, _ask_redis)
+
+
+def find_rabbitmq(started: list[OwnServer]) -> Found:
+    """Look for RabbitMQ; none is started."""
+    if not _importable("kombu"):
+        return Found(None, "the package kombu is not installed")
+    url = os.environ.get("PARALLEL_ORM_RABBITMQ_URL")
+    name = "PARALLEL_ORM_RABBITMQ_URL" if url else "127.0.0.1:5672"
+    return _checked(name, {"URL": url or "amqp://guest:guest@127.0.0.1:5672//"}, _ask_rabbitmq)
 
 
 def stand_in_for_mysqlclient() -> None:
@@ -156,8 +188,24 @@ def _ask_mariadb(settings: dict[str, Any]) -> str:
     return f"{version} ({driver.__name__} {number})"
 
 
+def _ask_redis(settings: dict[str, Any]) -> str:
+    import redis
+
+    with redis.Redis.from_url(settings["URL"], socket_timeout=10) as client:
+        return f"{client.info('server')['redis_version']} (redis {redis.__version__})"
+
+
+def _ask_rabbitmq(settings: dict[str, Any]) -> str:
+    import amqp
+    import kombu
+
+    with kombu.Connection(settings["URL"], connect_timeout=10) as connection:
+        version = connection.connect().server_properties["version"]
+    return f"{version} (amqp {amqp.__version__})"
+
+
 class OwnServer:
-    """A real server, ``"postgres"`` or ``"mariadb"``, gone with the process that started it."""
+    """A real server, ``"postgres"``, ``"mariadb"`` or ``"redis"``, gone with the process that started it."""
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
@@ -256,7 +304,7 @@ def _supervise(kind: str) -> None:
     folder = Path(tempfile.mkdtemp(prefix=f"parallel-orm-{kind}-"))
     server: Server | None = None
     try:
-        server = _postgres(folder) if kind == "postgres" else _mariadb(folder)
+        server = {"postgres": _postgres, "mariadb": _mariadb, "redis": _redis}[kind](folder)
         server.start()
         said = server.settings
         while True:
@@ -291,6 +339,8 @@ class Server:
     ending: signal.Signals
     #: The process's user and environment.
     arguments: dict[str, Any]
+    #: How it is told its port.
+    port: str = "--port={}"
     process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -308,7 +358,7 @@ class Server:
             return
         with (self.folder / "log").open("wb") as log:
             self.process = subprocess.Popen(
-                [*self.command, f"--port={self.settings['PORT']}"],
+                [*self.command, *self.port.format(self.settings["PORT"]).split()],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -411,6 +461,25 @@ def _mariadb(folder: Path) -> Server:
         return False
 
     return Server(folder, settings, [server, "--no-defaults", data, *options], is_ready, signal.SIGTERM, arguments)
+
+
+def _redis(folder: Path) -> Server:
+    """Make a Redis, to be run, that knows after a pause what it knew before."""
+    binary = shutil.which("redis-server")
+    if binary is None:
+        raise Unavailable("no redis-server is installed here; set PARALLEL_ORM_REDIS_URL")
+    options = {"bind": "127.0.0.1", "dir": folder, "save": "", "appendonly": "yes", "appendfsync": "no"}
+    command: list[str | Path] = [binary]
+    for name, value in options.items():
+        command += [f"--{name}", value]
+
+    def is_ready(server: Server) -> bool:
+        with suppress(OSError), socket.create_connection(("127.0.0.1", server.settings["PORT"]), 1) as greeted:
+            greeted.sendall(b"PING\r\n")
+            return greeted.recv(16).startswith(b"+PONG")
+        return False
+
+    return Server(folder, {}, command, is_ready, signal.SIGTERM, {}, "--port {}")
 
 
 def _prepare(command: list[str | Path], folder: Path, arguments: dict[str, Any]) -> None:

@@ -124,6 +124,17 @@ def test_unreachable_server_is_a_skip(tmp_path: Path) -> None:
     assert "exit 0" in out
 
 
+BROKER = "import pytest\n\n@pytest.mark.rabbitmq\ndef test_it(databases): databases.url_of('rabbitmq')"
+
+
+@pytest.mark.parametrize(("required", "verdict"), [("", "1 skipped"), ("rabbitmq", "required but not reachable")])
+def test_unreachable_broker(tmp_path: Path, required: str, verdict: str) -> None:
+    """As a database, one of messages is left out where it is not there, or must be there."""
+    out = _run_pytest(tmp_path, BROKER, PARALLEL_ORM_RABBITMQ_URL="amqp://127.0.0.1:1//", PARALLEL_ORM_REQUIRE=required)
+    assert verdict in out
+    assert "PARALLEL_ORM_RABBITMQ_URL does not answer" in out
+
+
 def test_required_server_must_be_reachable(tmp_path: Path) -> None:
     """In CI a missing server can't hide behind a skip."""
     out = _run_pytest(
