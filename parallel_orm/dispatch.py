@@ -300,7 +300,10 @@ def outcome_of(future: Future[Outcome], chunk: Chunk, label_of: Callable[[Chunk]
         outcome = future.result()
         return outcome if chunk.items is None else replace(outcome, chunk=chunk)
     if isinstance(error, WorkerDied) and error.chunk is None:
+        notes = getattr(error, "__notes__", ())
         error = WorkerDied(error.pid, error.exitcode, chunk, label_of(chunk))
+        for line in notes:
+            error.add_note(line)
     elif isinstance(error, ChunkTimedOut) and error.chunk is None:
         error = ChunkTimedOut(error.seconds, chunk, label_of(chunk))
     else:

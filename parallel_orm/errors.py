@@ -504,6 +504,16 @@ def no_dask_workers(where: str, seconds: float) -> EngineUnavailable:
     )
 
 
+def message_lost(queue: str, seconds: float) -> WorkerDied:
+    error = WorkerDied(None, None)
+    error.add_note(
+        f"parallel_orm: for {seconds:g} seconds nothing was heard of it: it is not in Celery's queue {queue!r}, and "
+        "no worker says that it has it. Its message was lost, or its worker, or that does not answer while it works (a "
+        "solo pool): raise PARALLEL_ORM['CELERY']['PATIENCE'] then."
+    )
+    return error
+
+
 def no_pickles_here() -> InvalidOption:
     return InvalidOption(
         'A message is a pickle, and this worker takes none: set PARALLEL_ORM["CELERY"]["PICKLE"] = True in its '

@@ -6,10 +6,12 @@ from typing import Any
 
 from celery import shared_task
 
+NAME = "parallel_orm.call"
+
 
 # Not acknowledged late: what a lost worker was at is then not done again behind the caller's back, who is told instead.
 @shared_task(  # type: ignore[untyped-decorator]
-    bind=True, name="parallel_orm.call", serializer="json", acks_late=False, track_started=True, ignore_result=False
+    bind=True, name=NAME, serializer="json", acks_late=False, track_started=False, ignore_result=False
 )
 def call(self: Any, message: str) -> str:
     """Answer a message of a :class:`parallel_orm.executors.celery.CeleryExecutor`."""

@@ -118,7 +118,7 @@ def stand_in_for_mysqlclient() -> None:
 
 
 def _importable(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
+    return module in sys.modules or importlib.util.find_spec(module) is not None  # lazy ones have no spec
 
 
 def _settings_of(url: str) -> dict[str, Any]:

@@ -38,4 +38,7 @@ INSTALLED_APPS = [
     "tests.testapp",
     "tests.manual",
 ]
+# Of a worker that a test starts.
+if "PARALLEL_ORM_TEST_OPTIONS" in os.environ:
+    PARALLEL_ORM = json.loads(os.environ["PARALLEL_ORM_TEST_OPTIONS"])
 PASSWORD_HASHERS = ["django.contrib.auth.hashers.MD5PasswordHasher"]

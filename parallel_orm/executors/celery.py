@@ -14,22 +14,24 @@ import json
 import pickle
 import threading
 from base64 import b64decode, b64encode
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain
+from itertools import chain, count
 from queue import Empty, SimpleQueue
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any
 from uuid import uuid4
+
+from django.db import connections
 
 from parallel_orm import errors, wire
 from parallel_orm.chunks import Chunk
 from parallel_orm.options import available_cores, from_settings
-from parallel_orm.outcomes import Outcome, packing
+from parallel_orm.outcomes import Outcome, pack_error, packing
 from parallel_orm.parcels import dumps
 from parallel_orm.seals import sealed, unsealed
 
@@ -37,6 +39,8 @@ try:
     from celery import Celery, current_app, states
     from celery.backends.base import DisabledBackend
     from django.utils.module_loading import import_string
+
+    from parallel_orm.tasks import NAME
 except ImportError as error:
     raise errors.missing_engine("celery", error) from error
 
@@ -50,6 +54,8 @@ MOST_BYTES = 16 * 2**20
 LOOKS, LOOKS_AT_MOST = 0.002, 0.05
 #: Seconds for workers to answer when they are asked who is there.
 ASKS = 1.0
+#: And at first, where it is likely that all are idle.
+ASKS_SHORTLY = 0.25
 #: Seconds for which it is known how many there are.
 KNOWN = 60.0
 
@@ -98,9 +104,15 @@ class Call:
 
     message: str
     future: Future[Any]
+    #: Whether it must not be sent a second time.
+    once: bool = False
     name: str = field(default_factory=lambda: uuid4().hex)
+    #: As which of all it was sent.
+    number: int = 0
     #: When it was sent, or last seen to be somewhere.
     since: float = 0.0
+    #: What Celery gives for it.
+    sent: Any = None
 
 
 class CeleryExecutor(Executor):
@@ -116,21 +128,37 @@ class CeleryExecutor(Executor):
     supports_end_hook = False
 
     def __init__(self, app: Celery, setup: Setup) -> None:
-        from parallel_orm.tasks import call  # which is of the app that is current by now
-
-        self._app, self._setup, self._task = app, setup, app.tasks[call.name]
+        self._app, self._setup, self._task = app, setup, app.tasks[NAME]
+        self._queue = setup.queue or app.amqp.router.route({}, NAME)["queue"].name
         #: Whether functions may be lambdas, closures, and those of a script.
         self.supports_by_value = setup.pickle
         #: Whether anybody tells what became of a call.
         self.supports_answers = not isinstance(app.backend, DisabledBackend) or bool(app.conf.task_always_eager)
         self._inbox: SimpleQueue[Call | None] = SimpleQueue()
         self._flying: dict[str, Call] = {}
+        self._count, self._latest = count(1), 0
+        self._ready: Future[None] = Future()
         self._courier = threading.Thread(target=self._run, name="parallel_orm-courier", daemon=True)
+
+    def connect(self) -> None:
+        """Have the courier begin.
+
+        :raises EngineUnavailable: broker or result backend do not answer in time.
+        """
+        self._courier.start()
+        try:
+            self._ready.result(self._setup.timeout)
+        except errors.ParallelORMError:
+            raise
+        except TimeoutError as error:  # also where no driver has a time-out
+            raise errors.engine_unreachable(BROKER, _where(self._app), error) from error
 
     @property
     def number(self) -> int:
         """How many calls are worked on at once: as was said, or as many as the workers that answer have processes."""
-        return self._setup.number or (1 if self._app.conf.task_always_eager else _number_of(self._app))
+        if self._setup.number or self._app.conf.task_always_eager:
+            return self._setup.number or 1
+        return _number_of(self._app, self._queue)
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         """Send a call on its way.
@@ -139,11 +167,10 @@ class CeleryExecutor(Executor):
         message was lost; :class:`~parallel_orm.errors.EngineUnavailable` where broker or backend went, or nobody takes
         anything from the queue.
         """
-        call = Call(message_of(fn, args, kwargs, by_value=self._setup.pickle), Future())
+        once = isinstance(fn, partial) and fn.func is unless_redelivered
+        call = Call(message_of(fn, args, kwargs, by_value=self._setup.pickle), Future(), once)
         if self._setup.waits or not self.supports_answers:
             call.future.set_running_or_notify_cancel()
-        if not self._courier.is_alive():
-            self._courier.start()
         self._inbox.put(call)
         return call.future
 
@@ -152,117 +179,204 @@ class CeleryExecutor(Executor):
         return partial(unless_redelivered, fn)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Leave the workers as they are; the courier ends."""
-        if self._courier.is_alive():
-            self._inbox.put(None)
-            if wait:
-                self._courier.join()
+        """Leave the workers as they are; the courier ends, what nobody has begun is revoked."""
+        self._inbox.put(None)
+        if wait and self._ready.done() and self._courier.is_alive():  # else it still waits for a server
+            self._courier.join()
 
     # What the courier does.
 
     def _run(self) -> None:
-        pause, looked, ends = LOOKS, monotonic(), False
-        while not ends or any(call.future.running() for call in self._flying.values()):
-            with suppress(Empty):
-                call = self._inbox.get(timeout=pause if self._flying else None)
-                if call is None:
-                    ends = True
+        try:
+            with self._app.connection_for_write(connect_timeout=self._setup.timeout) as connection:
+                try:
+                    if not self._app.conf.task_always_eager:
+                        self._greet(connection)
+                except Exception as error:
+                    self._ready.set_exception(errors.engine_unreachable(BROKER, _where(self._app), error))
                 else:
-                    self._send(call)
-                    continue  # to what else there is, before answers are asked for
+                    self._ready.set_result(None)
+                    self._work(self._app.amqp.Producer(connection, auto_declare=False))
+        finally:
+            self._close()
+
+    def _greet(self, connection: Any) -> None:
+        connection.ensure_connection(max_retries=1, interval_start=0.1, timeout=self._setup.timeout)
+        if (ping := getattr(getattr(self._app.backend, "client", None), "ping", None)) is not None:
+            ping()
+
+    def _work(self, producer: Any) -> None:
+        """Send what is in the inbox, and hear what comes back, until the end is told."""
+        pause, looked = LOOKS, monotonic()
+        while True:
             try:
-                came = self._look()
+                call = self._inbox.get(block=not self._flying)
+            except Empty:
+                pass
+            else:
+                if call is None:
+                    break
+                self._send(call, producer)
+                continue  # to what else there is, before answers are asked for
+            self._revoke([call for call in self._flying.values() if call.future.cancelled()])
+            flying = len(self._flying)
+            try:
+                self._listen(pause)
                 if monotonic() - looked > min(self._setup.patience, 5.0):
                     looked = monotonic()
-                    self._look_for_lost()
+                    self._look_for_lost(producer.connection)
             except Exception as error:
-                self._abandon(errors.engine_unreachable("Celery's result backend", "its address", error))
-                continue
-            pause = LOOKS if came else min(pause * 1.5, LOOKS_AT_MOST)
+                self._abandon(errors.engine_unreachable(BROKER, _where(self._app), error))
+            pause = LOOKS if len(self._flying) < flying else min(pause * 1.5, LOOKS_AT_MOST)
+        self._revoke(list(self._flying.values()))
 
-    def _send(self, call: Call) -> None:
+    def _send(self, call: Call, producer: Any) -> None:
         if call.future.cancelled():
             return
-        options: dict[str, Any] = {} if self._setup.queue is None else {"queue": self._setup.queue}
-        if not self.supports_answers:
-            options["ignore_result"] = True
-        try:
-            sent = self._task.apply_async((call.message,), task_id=call.name, serializer="json", **options)
-        except Exception as error:
-            _land(call.future, error=errors.engine_unreachable("Celery's broker", _where(self._app), error))
-            return
         if self._app.conf.task_always_eager:
-            self._hear(call, {"status": sent.state, "result": sent.result})
-        elif not self.supports_answers:
-            _land(call.future, SENT)
-        else:
-            call.since = monotonic()
+            self._hear(call, self._task.apply((call.message,), task_id=call.name, throw=False))
+            return
+        options: dict[str, Any] = {} if self._setup.queue is None else {"queue": self._setup.queue}
+        if call.once:
+            options["retry"] = False  # a message may have arrived whose sending has failed
+        try:
+            call.sent = self._task.apply_async(
+                (call.message,),
+                task_id=call.name,
+                producer=producer,
+                serializer="json",
+                ignore_result=not self.supports_answers,
+                **options,
+            )
+            if not self.supports_answers:
+                _land(call.future, SENT)
+                return
+            call.number, call.since = next(self._count), monotonic()
             self._flying[call.name] = call
+            if self._is_told:
+                call.sent.then(partial(self._hear, call))
+        except Exception as error:
+            self._flying.pop(call.name, None)
+            _land(call.future, error=errors.engine_unreachable(BROKER, _where(self._app), error))
+
+    @property
+    def _is_told(self) -> bool:
+        """Whether the backend tells when there is an answer, and need not be asked."""
+        return bool(getattr(self._app.backend, "is_async", False))
+
+    def _listen(self, seconds: float) -> None:
+        """Hear what has come, or comes within so many seconds."""
+        if not self._flying:
+            return
+        if self._is_told:
+            with suppress(TimeoutError):
+                self._app.backend.result_consumer.drain_events(timeout=seconds)
+        elif not self._look():
+            sleep(seconds)
 
     def _look(self) -> bool:
-        """Hear what has come; tell whether anything has."""
-        for name, call in list(self._flying.items()):
-            if call.future.cancelled():
-                del self._flying[name]
-                with suppress(Exception):
-                    self._app.control.revoke(name)
-        if not self._flying:
-            return False
-        backend = self._app.backend
+        """Ask for all answers; tell whether any is there."""
+        backend, names = self._app.backend, list(self._flying)
         if hasattr(backend, "get_many"):
-            came = list(backend.get_many(set(self._flying), interval=0, max_iterations=1))
+            ready = [name for name, _ in backend.get_many(set(names), interval=0, max_iterations=1)]
+        elif self._is_told:  # and forgets what it has told
+            return False
         else:
-            metas = [(name, backend.get_task_meta(name)) for name in self._flying]
-            came = [(name, meta) for name, meta in metas if meta["status"] in states.READY_STATES]
-        for name, meta in came:
-            call = self._flying.pop(name)
-            with suppress(Exception):  # not every backend can
-                backend.forget(name)
-            self._hear(call, meta)
-        return bool(came)
+            ready = [name for name in names if backend.get_task_meta(name)["status"] in states.READY_STATES]
+        for name in ready:
+            if (call := self._flying.get(name)) is not None:
+                self._hear(call, call.sent)
+        return bool(ready)
 
-    def _hear(self, call: Call, meta: Mapping[str, Any]) -> None:
+    def _hear(self, call: Call, result: Any) -> None:
+        """Learn what became of a call, from what Celery has of it."""
         try:
-            if meta["status"] == states.SUCCESS:
-                _land(call.future, answer_of(meta["result"]))
+            if result.state == states.SUCCESS:
+                _land(call.future, answer_of(result.result))
             else:
-                _land(call.future, error=error_of(meta["result"]))
+                _land(call.future, error=error_of(result.result))
         except Exception as error:
             _land(call.future, error=error)
+        self._latest = max(self._latest, call.number)
+        self._forget([call])
 
-    def _look_for_lost(self) -> None:
-        """See to calls of which nothing was heard for long: whether they are anywhere."""
+    def _forget(self, calls: Iterable[Call]) -> None:
+        for call in calls:
+            if self._flying.pop(call.name, None) is not None:
+                with suppress(Exception):  # not every backend can
+                    self._app.backend.remove_pending_result(call.sent)
+                with suppress(Exception):
+                    call.sent.forget()
+
+    def _revoke(self, calls: list[Call]) -> None:
+        if calls:
+            self._forget(calls)
+            with suppress(Exception):
+                self._app.control.revoke([call.name for call in calls])
+
+    def _look_for_lost(self, connection: Any) -> None:
+        """See to calls of which nothing was heard for long: whether they are anywhere.
+
+        First in the queue, then with the workers, then among the answers: that is the way they go.
+        """
         now = monotonic()
-        late = {name: call for name, call in self._flying.items() if now - call.since > self._setup.patience}
+        late = [call for call in self._flying.values() if now - call.since > self._setup.patience]
         if not late:
             return
-        asked = self._app.control.inspect(timeout=ASKS)
-        queues = asked.active_queues() or {}
-        queue = self._setup.queue or self._app.conf.task_default_queue
-        consumed = any(each["name"] == queue for each in chain.from_iterable(queues.values()))
-        told = chain((asked.active() or {}).values(), (asked.reserved() or {}).values())
-        held = {each["id"] for each in chain.from_iterable(told)}
-        waiting = self._waiting(queue)
-        for name, call in late.items():
-            if name in held or (consumed and waiting):
-                call.since = now  # it has its turn yet, or is at work
-            elif waiting and not consumed:
-                del self._flying[name]
-                _land(call.future, error=errors.nobody_consumes(queue, self._setup.patience))
-            elif name in self._flying and self._app.backend.get_task_meta(name)["status"] not in states.READY_STATES:
-                del self._flying[name]
-                _land(call.future, error=errors.WorkerDied(None, None))
+        waiting, consumers = self._in_queue(connection)
+        inspect = self._app.control.inspect
+        queues = inspect(timeout=ASKS).active_queues() or {}
+        consumers += sum(any(each["name"] == self._queue for each in known) for known in queues.values())
+        held: set[str] = set()
+        if queues:
+            asked = inspect(list(queues), timeout=ASKS)
+            told = chain((asked.active() or {}).values(), (asked.reserved() or {}).values())
+            held = {each["id"] for each in chain.from_iterable(told)}
+        self._listen_to_all()
+        for call in late:
+            # In the queue nothing is left of what was sent before something that came back.
+            has_its_turn = waiting and consumers and call.number > self._latest
+            if call.name in held or has_its_turn:
+                call.since = now
+            elif call.name in self._flying:
+                self._forget([call])
+                if waiting and not consumers:
+                    _land(call.future, error=errors.nobody_consumes(self._queue, self._setup.patience))
+                else:
+                    _land(call.future, error=errors.message_lost(self._queue, self._setup.patience))
 
-    def _waiting(self, queue: str) -> int:
-        """Return how many messages are in the queue."""
-        with self._app.connection_for_read() as connection, connection.channel() as channel:
-            found: int = channel.queue_declare(queue, passive=True).message_count
-            return found
+    def _in_queue(self, connection: Any) -> tuple[int, int]:
+        """Return how many messages are in the queue, and how many consumers its broker knows of."""
+        with connection.channel() as channel:
+            try:
+                found = channel.queue_declare(self._queue, passive=True)
+            except connection.channel_errors:  # there is none: Redis has no empty ones
+                return 0, 0
+            return found.message_count, found.consumer_count
+
+    def _listen_to_all(self) -> None:
+        before = None
+        while self._flying and len(self._flying) != before:
+            before = len(self._flying)
+            self._listen(LOOKS)
+        if self._flying:
+            self._look()
 
     def _abandon(self, error: Exception) -> None:
-        for call in self._flying.values():
-            _land(call.future, error=error)
+        calls = list(self._flying.values())
         self._flying.clear()
+        for call in calls:
+            _land(call.future, error=error)
+
+    def _close(self) -> None:
+        """Leave nothing open that this thread has opened."""
+        backend = self._app.backend
+        if not backend.thread_safe:  # else it is all threads'
+            with suppress(Exception):
+                backend.result_consumer.stop()
+            with suppress(Exception):
+                backend.client.connection_pool.disconnect()
+        connections.close_all()  # a backend may keep its results in Django's database
 
 
 def _land(future: Future[Any], result: Any = None, *, error: BaseException | None = None) -> None:
@@ -274,6 +388,7 @@ def _land(future: Future[Any], result: Any = None, *, error: BaseException | Non
         future.set_exception(error)
 
 
+BROKER = "Celery's broker, or its result backend,"
 #: What a call comes to of which nobody tells.
 SENT = Outcome(Chunk(0, ""), value=[], counts={"sent": 1})
 
@@ -282,18 +397,12 @@ SENT = Outcome(Chunk(0, ""), value=[], counts={"sent": 1})
 def executor(**arguments: Any) -> Iterator[CeleryExecutor]:
     """Have an executor over the project's app, for the length of a call.
 
-    :raises EngineUnavailable: there is no app, or no broker answers within ``timeout`` seconds.
+    :raises EngineUnavailable: broker or result backend do not answer within ``timeout`` seconds.
     """
     setup = Setup(**arguments)
-    app = setup.find()
-    if not app.conf.task_always_eager:
-        try:
-            with app.connection_for_write(connect_timeout=setup.timeout) as connection:
-                connection.ensure_connection(max_retries=1, interval_start=0.1, timeout=setup.timeout)
-        except Exception as error:
-            raise errors.engine_unreachable("Celery's broker", _where(app), error) from error
-    made = CeleryExecutor(app, setup)
+    made = CeleryExecutor(setup.find(), setup)
     try:
+        made.connect()
         yield made
     finally:
         made.shutdown()
@@ -304,18 +413,27 @@ def _where(app: Celery) -> str:
     return str(app.connection_for_write().as_uri())
 
 
-#: By broker: how many processes its workers have, and until when that holds.
-_numbers: dict[str, tuple[int, float]] = {}
+#: By broker and queue: how many processes its workers have, and until when that holds.
+_numbers: dict[tuple[str, str], tuple[int, float]] = {}
 
 
-def _number_of(app: Celery) -> int:
-    where = _where(app)
+def _number_of(app: Celery, queue: str) -> int:
+    where = _where(app), queue
     number, until = _numbers.get(where, (0, 0.0))
     if until < monotonic():
-        told = app.control.inspect(timeout=ASKS).stats() or {}
-        number = sum(int((each.get("pool") or {}).get("max-concurrency", 1)) for each in told.values())
+        number = _ask_for_number(app, queue, ASKS_SHORTLY) or _ask_for_number(app, queue, ASKS)
         _numbers[where] = number, monotonic() + (KNOWN if number else 0)
     return number or available_cores()
+
+
+def _ask_for_number(app: Celery, queue: str, seconds: float) -> int:
+    """Ask the workers; each answer begins the time for the next one anew."""
+    queues = app.control.inspect(timeout=seconds).active_queues() or {}
+    ours = [worker for worker, known in queues.items() if any(each["name"] == queue for each in known)]
+    if not ours:
+        return 0
+    told = app.control.inspect(ours, timeout=ASKS).stats() or {}  # which waits for these alone
+    return sum(int((each.get("pool") or {}).get("max-concurrency", 1)) for each in told.values())
 
 
 # --- What travels -------------------------------------------------------------------------
@@ -330,8 +448,10 @@ def message_of(fn: Callable[..., Any], args: Any, kwargs: Any, *, by_value: bool
 
 
 def answer_of(answer: str) -> Any:
-    """Return what a worker answered."""
+    """Return what a worker answered, or raise what it refused the message with."""
     told = json.loads(unsealed(answer))
+    if "error" in told:
+        raise wire.read(told["error"]).open()
     return pickle.loads(b64decode(told["answer"])) if told["by_value"] else wire.read(told["answer"])
 
 
@@ -354,9 +474,17 @@ def answer(message: str, *, is_redelivered: bool) -> str:
     """Do what a message says, in a worker; return the answer, as sealed as the message must be.
 
     :raises NotSealed: it is of a stranger.
-    :raises InvalidOption: it is a pickle, which the settings of this worker do not allow.
     """
     told = json.loads(unsealed(message))
+    try:
+        answered = _answered(told, is_redelivered=is_redelivered)
+    except Exception as error:  # which Celery would bring home without its arguments
+        with packing(as_json=True):
+            answered = {"error": wire.written(pack_error(error))}
+    return sealed(json.dumps(answered))
+
+
+def _answered(told: Mapping[str, Any], *, is_redelivered: bool) -> dict[str, Any]:
     by_value, known = told["by_value"], from_settings().CELERY
     if by_value and not known.get("PICKLE"):
         raise errors.no_pickles_here()
@@ -371,7 +499,7 @@ def answer(message: str, *, is_redelivered: bool) -> str:
     most = known.get("MOST_BYTES", MOST_BYTES)
     if len(text) > most:
         raise errors.answer_too_large(len(text), most)
-    return sealed(json.dumps({"by_value": by_value, "answer": text}))
+    return {"by_value": by_value, "answer": text}
 
 
 def unless_redelivered(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
