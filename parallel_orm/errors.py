@@ -442,15 +442,17 @@ def result_not_picklable(function: str, error: BaseException) -> NotPicklable:
     )
 
 
-def function_cannot_travel(function: object, engine: str, error: BaseException) -> NotPicklable:
-    return NotPicklable(f"{_name(function)} cannot be sent to {engine}: {error}. " + _BY_NAME.get(engine, _BY_VALUE))
+def function_cannot_travel(function: object, engine: str, error: BaseException, *, by_value: bool) -> NotPicklable:
+    return NotPicklable(
+        f"{_name(function)} cannot be sent to {engine}: {error}. " + (_BY_VALUE if by_value else _BY_NAME)
+    )
 
 
 #: What to do where functions travel by their names, and where by value.
-_BY_NAME = {
-    "celery": "Its messages are JSON: define the function at the top of a module that the workers can import, or set "
+_BY_NAME = (
+    "Its messages are JSON: define the function at the top of a module that the workers can import, or set "
     'PARALLEL_ORM["CELERY"]["PICKLE"] = True for functions that travel as pickles, sealed by SECRET_KEY.'
-}
+)
 _BY_VALUE = "What it closes over travels with it; locks, connections and sockets cannot. Make them inside the function."
 
 

@@ -99,7 +99,7 @@ def _written(job: Job, write: Callable[[Any], bytes], engine: str) -> bytes:
         return write(job)
     except Exception as error:
         if guilty := that_cannot_travel(job, write):
-            raise errors.function_cannot_travel(guilty[0], engine, error) from error
+            raise errors.function_cannot_travel(guilty[0], engine, error, by_value=write is dumps) from error
         raise errors.queryset_cannot_travel(job.label, engine, error) from error
 
 

@@ -138,7 +138,7 @@ def _of_model(label: str) -> str:
 @cache
 def _of_module(name: str) -> str:
     try:
-        file = import_module(name).__file__
+        file = getattr(import_module(name), "__file__", None)
     except ImportError:
         return ABSENT
     return "no file" if file is None else _digest(Path(file).read_bytes())

@@ -286,6 +286,8 @@ class Report:
             failed += f" ({unknown:,} of them may be in the database)"
         if self.done_before:
             failed += f", {self.done_before:,} done before"
+        if sent := self.counts.get("sent"):
+            failed += f", {sent:,} chunks sent of which nothing is heard"
         retries = f", {self.retries:,} retries" if self.retries else ""
         skew = f" (skew {self.skew:.1f})" if self.skew >= advice.UNEVEN else ""
         return (

@@ -5,6 +5,10 @@ its servers are.
 from __future__ import annotations
 
 import os
+import signal
+import threading
+from pathlib import Path
+from time import monotonic
 from typing import Any
 
 from celery import Celery
@@ -41,3 +45,58 @@ if "PARALLEL_ORM_TEST_BROKER" in os.environ:
         os.environ["PARALLEL_ORM_TEST_BACKEND"],
         os.environ["PARALLEL_ORM_TEST_QUEUE"],
     )
+
+
+# --- What the workers run ------------------------------------------------------------------
+
+
+def mark(row: Any, folder: str) -> int:
+    """Leave a file for a row."""
+    (Path(folder) / f"begun {row.rank}").touch()
+    return int(row.rank)
+
+
+def wait_at_gate(row: Any, folder: str) -> int:
+    """Leave a file for a row; wait until somebody has opened the gate."""
+    mark(row, folder)
+    until = monotonic() + 60
+    while not (Path(folder) / "open").exists() and monotonic() < until:
+        threading.Event().wait(0.01)
+    return int(row.rank)
+
+
+def first_passes(row: Any, folder: str) -> int:
+    return mark(row, folder) if row.rank == 0 else wait_at_gate(row, folder)
+
+
+def die_at_first(row: Any, folder: str) -> int:
+    """Be killed at row 3, the first time."""
+    is_first = row.rank == 3 and not (Path(folder) / "begun 3").exists()
+    mark(row, folder)
+    if is_first:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return int(row.rank)
+
+
+def pid_of(row: Any) -> int:
+    return os.getpid()
+
+
+def much(row: Any) -> str:
+    return "x" * 10_000
+
+
+def touch(path: str) -> str:
+    Path(path).touch()
+    return "done"
+
+
+def faster(ship: Any) -> None:
+    ship.speed += 1
+
+
+def ship_with_mark(item: Any, folder: str) -> Any:
+    from tests.functions import plain_ship  # which needs Django set up
+
+    (Path(folder) / f"made {item}").touch()
+    return plain_ship(item)

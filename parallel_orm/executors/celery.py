@@ -37,6 +37,7 @@ from parallel_orm.seals import sealed, unsealed
 
 try:
     from celery import Celery, current_app, states
+    from celery.app.control import Control
     from celery.backends.base import DisabledBackend
     from django.utils.module_loading import import_string
 
@@ -218,7 +219,7 @@ class CeleryExecutor(Executor):
                     break
                 self._send(call, producer)
                 continue  # to what else there is, before answers are asked for
-            self._revoke([call for call in self._flying.values() if call.future.cancelled()])
+            self._revoke([call for call in self._flying.values() if call.future.cancelled()], producer.connection)
             flying = len(self._flying)
             try:
                 self._listen(pause)
@@ -228,7 +229,7 @@ class CeleryExecutor(Executor):
             except Exception as error:
                 self._abandon(errors.engine_unreachable(BROKER, _where(self._app), error))
             pause = LOOKS if len(self._flying) < flying else min(pause * 1.5, LOOKS_AT_MOST)
-        self._revoke(list(self._flying.values()))
+        self._revoke(list(self._flying.values()), producer.connection)
 
     def _send(self, call: Call, producer: Any) -> None:
         if call.future.cancelled():
@@ -308,11 +309,11 @@ class CeleryExecutor(Executor):
                 with suppress(Exception):
                     call.sent.forget()
 
-    def _revoke(self, calls: list[Call]) -> None:
+    def _revoke(self, calls: list[Call], connection: Any) -> None:
         if calls:
             self._forget(calls)
             with suppress(Exception):
-                self._app.control.revoke([call.name for call in calls])
+                _control_of(self._app).revoke([call.name for call in calls], connection=connection)
 
     def _look_for_lost(self, connection: Any) -> None:
         """See to calls of which nothing was heard for long: whether they are anywhere.
@@ -324,13 +325,12 @@ class CeleryExecutor(Executor):
         if not late:
             return
         waiting, consumers = self._in_queue(connection)
-        inspect = self._app.control.inspect
-        queues = inspect(timeout=ASKS).active_queues() or {}
+        ask = partial(_ask, self._app, connection)
+        queues = ask("active_queues")
         consumers += sum(any(each["name"] == self._queue for each in known) for known in queues.values())
         held: set[str] = set()
         if queues:
-            asked = inspect(list(queues), timeout=ASKS)
-            told = chain((asked.active() or {}).values(), (asked.reserved() or {}).values())
+            told = chain(ask("active", list(queues)).values(), ask("reserved", list(queues)).values())
             held = {each["id"] for each in chain.from_iterable(told)}
         self._listen_to_all()
         for call in late:
@@ -421,19 +421,39 @@ def _number_of(app: Celery, queue: str) -> int:
     where = _where(app), queue
     number, until = _numbers.get(where, (0, 0.0))
     if until < monotonic():
-        number = _ask_for_number(app, queue, ASKS_SHORTLY) or _ask_for_number(app, queue, ASKS)
+        with app.connection_for_write() as connection:
+            ask = partial(_ask, app, connection)
+            number = _ask_for_number(ask, queue, ASKS_SHORTLY) or _ask_for_number(ask, queue, ASKS)
         _numbers[where] = number, monotonic() + (KNOWN if number else 0)
     return number or available_cores()
 
 
-def _ask_for_number(app: Celery, queue: str, seconds: float) -> int:
-    """Ask the workers; each answer begins the time for the next one anew."""
-    queues = app.control.inspect(timeout=seconds).active_queues() or {}
+def _ask_for_number(ask: Callable[..., dict[str, Any]], queue: str, seconds: float) -> int:
+    queues = ask("active_queues", seconds=seconds)
     ours = [worker for worker, known in queues.items() if any(each["name"] == queue for each in known)]
     if not ours:
         return 0
-    told = app.control.inspect(ours, timeout=ASKS).stats() or {}  # which waits for these alone
-    return sum(int((each.get("pool") or {}).get("max-concurrency", 1)) for each in told.values())
+    return sum(int((each.get("pool") or {}).get("max-concurrency", 1)) for each in ask("stats", ours).values())
+
+
+def _ask(
+    app: Celery, connection: Any, command: str, workers: list[str] | None = None, *, seconds: float = ASKS
+) -> dict[str, Any]:
+    """Return what workers answer, by their names: those that are named; or all, each of which may take so long."""
+    control = _control_of(app)
+    told = control.broadcast(command, destination=workers, reply=True, timeout=seconds, connection=connection)
+    return {worker: answer for each in told or () for worker, answer in each.items()}
+
+
+def _control_of(app: Celery) -> Control:
+    """Return what speaks with workers by JSON and by the connection that it is given.
+
+    The app's own takes one of its pool too, which a forked child shares with its parent.
+    """
+    control = Control(app)
+    control.mailbox.producer_pool = None
+    control.mailbox.serializer, control.mailbox.accept = "json", ["json"]
+    return control
 
 
 # --- What travels -------------------------------------------------------------------------
