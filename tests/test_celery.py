@@ -222,6 +222,18 @@ class calling(override_settings):
 
 @pytest.fixture(
     params=[
+        pytest.param("default", id="sqlite", marks=pytest.mark.sqlite),
+        pytest.param("postgres", id="postgres", marks=pytest.mark.postgres),
+    ]
+)
+def alias(request, databases):
+    """One that is a file, and one that is a server; another is no other matter for what is in between."""
+    with databases.using(request.param) as name:
+        yield name
+
+
+@pytest.fixture(
+    params=[
         pytest.param("over_redis", marks=pytest.mark.redis),
         pytest.param("over_rabbitmq", marks=pytest.mark.rabbitmq),
     ]
@@ -281,6 +293,12 @@ def test_writes(alias, on):
     assert ships.filter(name="ship 3").parallel_delete(run_id="delete", **on).counts["testapp.Ship"] == 1
     assert ships.parallel_create([{"name": "one more"}], **on).succeeded == 1
     assert ships.count() == 30
+
+
+def test_on_mariadb(mariadb, over_redis):
+    ships = Ship.objects.using(mariadb)
+    assert ships.parallel_create(range(4), functions.plain_ship, run_id="create", executor="celery").rows == 4
+    assert ships.order_by("name").parallel_map(functions.name, executor="celery") == [f"ship {n}" for n in range(4)]
 
 
 # --- What is sent -------------------------------------------------------------------------
@@ -518,14 +536,19 @@ def test_a_message_that_is_delivered_again(default, aside, run_id):
 
 
 def test_a_killed_process(rows, on, tmp_path):
-    """Its chunk is named, or sent again."""
-    with pytest.raises(errors.WorkerDied, match=r"chunk 0 .* of testapp.Article") as caught:
-        rows.parallel_map(functions.die_on_three, chunk_size=5, **on)
-    assert caught.value.chunk.index == 0
+    """Its chunk is sent again."""
     function = partial(celeryapp.die_at_first, folder=str(tmp_path))
     results = rows.parallel_map(function, chunk_size=5, retries=1, **on)
     assert results == list(range(10))
     assert results.report.retries == 1
+
+
+def test_a_killed_process_is_named(rows, over_redis):
+    """With its chunk, whose rows failed, and no others."""
+    results = rows.parallel_map(functions.die_on_three, chunk_size=5, on_error="collect", executor="celery")
+    assert [isinstance(each, Failure) for each in results] == [True] * 5 + [False] * 5
+    assert isinstance(results[0].error, errors.WorkerDied)
+    assert results[0].error.chunk.index == 0
 
 
 def test_a_killed_worker(rows, on, request, tmp_path):
