@@ -70,6 +70,16 @@ def losses_of_shards(trials: Iterable[Trial], load: float | None) -> list[str]:
     return _told(found, load)
 
 
+def losses_of_work(trial: Trial, load: float | None) -> list[str]:
+    """Than which usual way the workers of an engine were slower."""
+    found = [
+        f"{trial.task}, {trial.ours.name} against {usual.name}: {_percent(trial.ours, usual)} slower."
+        for usual in trial.usual
+        if _slower(trial.ours, usual)
+    ]
+    return _told(found, load)
+
+
 def _told(found: list[str], load: float | None) -> list[str]:
     """What is found, or that there is nothing; and whether the machine was busy."""
     if found and load is not None and load > cores() / 2:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import io
+import os
+import subprocess
+import sys
 import tarfile
 import zipfile
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from io import StringIO
 from math import isclose, radians
 from pathlib import Path
@@ -15,9 +19,9 @@ from unittest import mock
 from django.core.management import CommandError, call_command
 from django.db import connection, connections
 from django.test import SimpleTestCase, TestCase, override_settings
-from nyc import databases
+from nyc import broker, databases
 
-from flights import geo, loader, measure, notices, shards, source
+from flights import fleet, geo, loader, measure, notices, shards, source
 from flights.compare import difference
 from flights.models import Airline, Airport, Flight, Notice, Weather
 from parallel_orm.connections import lender
@@ -347,6 +351,137 @@ class ShardsTests(TestCase):
         for asked, number in {"3": 3, "13": 0, "x": 0, "": 0}.items():
             with mock.patch.dict("os.environ", NYC_SHARDS=asked):
                 assert databases.number_of_shards() == number
+
+
+DEMO = """
+import sys
+from unittest import mock
+from django.core.management import call_command
+from flights import tests
+
+call_command("migrate", verbosity=0)
+tests.load_few()
+with mock.patch.dict(tests.loader.PUBLISHED, {model: 0 for model in tests.NAMES}):
+    with mock.patch("flights.loader.is_loaded", return_value=True):
+        call_command("demo", executor=sys.argv[-1], processes=1)
+"""
+"""What another process does on a file of its own: that of a test is in memory, where no worker finds it."""
+
+
+class FleetTests(TestCase):
+    """The work by workers of Dask and of Celery."""
+
+    @classmethod
+    def setUpTestData(cls) -> None:
+        load_few()
+
+    def demo(self, engine: str) -> None:
+        """Run the demo on three flights, with real workers."""
+        if find_spec(fleet.ENGINES[engine]) is None:
+            self.skipTest(f"{fleet.ENGINES[engine]} is not installed")
+        with TemporaryDirectory() as folder:
+            environ = os.environ | {
+                "DATABASE_URL": f"sqlite:///{folder}/nyc.sqlite3",
+                "DJANGO_SETTINGS_MODULE": "nyc.settings",
+                "NYC_BROKER": f"{broker.FOLDER}{folder}/celery",
+            }
+            program = f"import django; django.setup()\n{DEMO}"
+            done = subprocess.run(
+                [sys.executable, "-c", program, engine],
+                cwd=measure.PROJECT,
+                env=environ,
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            assert done.returncode == 0, done.stdout + done.stderr
+            assert "All answers are equal." in done.stdout
+            assert f'.parallel_map(executor="{engine}")' in done.stdout
+            assert not Path(folder, "celery").exists()
+
+    def test_dask(self) -> None:
+        """A cluster is made, and its answer is the loop's."""
+        self.demo("dask")
+
+    def test_celery(self) -> None:
+        """A worker is started, its answer is the loop's, and it is gone, with its folder."""
+        self.demo("celery")
+
+    def test_worker_stops_however_the_demo_ends(self) -> None:
+        """Ctrl-C is such an end."""
+        if find_spec("celery") is None:
+            self.skipTest("celery is not installed")
+        with TemporaryDirectory() as folder:
+            with mock.patch.dict("os.environ", NYC_BROKER=f"{broker.FOLDER}{folder}/celery"):
+                with mock.patch.object(fleet, "answers", return_value=True):
+                    with self.assertRaisesMessage(KeyboardInterrupt, ""), fleet.running("celery", 1) as executor:
+                        assert executor == "celery"
+                        raise KeyboardInterrupt
+                with mock.patch.object(fleet, "answers", return_value=False):
+                    with mock.patch.object(fleet, "PROJECT", Path(folder)):
+                        with self.assertRaisesMessage(fleet.EngineError, "did not start"):
+                            with fleet.running("celery", 1):
+                                self.fail("there is no app in an empty folder")
+            assert not Path(folder, "celery").exists()
+
+    def test_answer_that_differs_ends_it(self) -> None:
+        """By the call as it would be sent, which a test has done in its own process."""
+        last = Flight.objects.latest("pk").pk
+        geo.airports.cache_clear()
+        self.addCleanup(geo.airports.cache_clear)
+        assert fleet.trial("processes", "processes", last, 1).differences == []
+        with mock.patch.object(fleet, "difference", return_value="row 0: 1 expected, 2 came"):
+            assert "Work by dask: row 0" in fleet.trial("dask", "processes", last, 1).differences[0]
+
+    def test_what_is_asked_for_must_be_there(self) -> None:
+        """The way out is in the message."""
+        with mock.patch("flights.management.commands.demo.call_command"):
+            with mock.patch.object(fleet, "find_spec", return_value=None):
+                with self.assertRaisesMessage(CommandError, "'.[demo,celery]'"):
+                    call_command("demo", executor="celery", stdout=StringIO())
+            with self.assertRaisesMessage(CommandError, "--at says where the workers of an --executor are"):
+                call_command("demo", at="redis://localhost")
+            with self.assertRaisesMessage(CommandError, "one of them at a time"):
+                call_command("demo", shards=3, executor="dask")
+        if find_spec("celery"):
+            with mock.patch.dict("os.environ", NYC_BROKER="redis://localhost"):
+                with self.assertRaisesMessage(fleet.EngineError, "unset it, or use --at"):
+                    with fleet.running("celery", 1):
+                        self.fail("nobody asked for Redis")
+
+    def test_option_decides_the_broker(self) -> None:
+        """The environment has it, for workers; a folder of the demo's own, or a broker that runs."""
+        for argv, begins in {
+            ("--executor", "celery"): f"{broker.FOLDER}{databases.DATA}/celery-",
+            ("--executor=celery", "--at=redis://localhost"): "redis://localhost",
+        }.items():
+            environ: dict[str, str] = {}
+            databases.settle(["manage.py", "demo", *argv], environ)
+            assert environ["NYC_BROKER"].startswith(begins)
+        for url, results in {"redis://there/1": "redis://there/1", "amqp://there": "rpc://"}.items():
+            with mock.patch.dict("os.environ", NYC_BROKER=url):
+                assert broker.configuration()["CELERY_RESULT_BACKEND"] == results
+
+    def test_file_is_there_when_it_is_whole(self) -> None:
+        """Whoever looks while it is written finds nothing of it."""
+        if find_spec("celery") is None:
+            self.skipTest("celery is not installed")
+        from nyc import files
+
+        found: list[bool] = []
+        with TemporaryDirectory() as folder:
+            path = Path(folder, "messages", "one.nyc.msg")
+            whole = Path.write_bytes
+
+            def look(unseen: Path, content: bytes) -> int:
+                written = whole(unseen, content)
+                found.append(path.exists() or unseen.name.endswith(".nyc.msg"))
+                return written
+
+            with mock.patch.object(Path, "write_bytes", look):
+                files.write(path, b"all of it")
+            assert path.read_bytes() == b"all of it"
+        assert found == [False]
 
 
 class GeoTests(SimpleTestCase):

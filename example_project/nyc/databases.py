@@ -40,10 +40,12 @@ def settle(argv: Sequence[str], environ: MutableMapping[str, str]) -> None:
 
     `demo --database KIND` asks for it, and so does the variable `NYC_DATABASE`, for any command. A
     `DATABASE_URL` that is there already is honoured; one that contradicts the request is an error.
-    `demo --shards N` goes into `NYC_SHARDS` likewise.
+    `demo --shards N` goes into `NYC_SHARDS` likewise, and where Celery's messages go into `NYC_BROKER`.
     """
     if (shards := _option(argv, "--shards")) is not None:
         environ["NYC_SHARDS"] = shards
+    if _option(argv, "--executor") == "celery":
+        environ["NYC_BROKER"] = _option(argv, "--at") or f"filesystem://{DATA / f'celery-{os.getpid()}'}"
     wanted = _option(argv, "--database") or environ.get("NYC_DATABASE") or None
     if wanted is None:
         return

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from nyc import databases
+from nyc import broker, databases
 
 BASE_DIR = Path(__file__).resolve().parent.parent
 
@@ -47,6 +47,7 @@ DATABASES = databases.configuration()
 if len(DATABASES) > 1:
     DATABASE_ROUTERS = ["nyc.routers.Shards"]
     PARALLEL_ORM = {"GROUPS": {"shards": [alias for alias in DATABASES if alias != "default"]}}
+globals().update(broker.configuration())
 DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 
 LANGUAGE_CODE = "en-us"

@@ -10,9 +10,10 @@ from django.core.management.base import BaseCommand, CommandError, CommandParser
 from django.db import connections
 from nyc.databases import KINDS, MOST_SHARDS
 
-from flights import measure, report
+from flights import fleet, measure, report
 from flights import shards as split
 from flights.models import Flight
+from parallel_orm.errors import ParallelORMError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -39,6 +40,16 @@ class Command(BaseCommand):
             metavar="N",
             help="instead: split the flights by month over N databases, and ask all of them as one",
         )
+        parser.add_argument(
+            "--executor",
+            choices=list(fleet.ENGINES),
+            help="instead: the work on every flight, by workers that are started for it",
+        )
+        parser.add_argument(
+            "--at",
+            metavar="URL",
+            help="with --executor: the address of a scheduler of Dask, or of a broker, whose workers run already",
+        )
         parser.add_argument("--rows", type=int, help="walk and work on the first so many flights")
 
     def handle(
@@ -49,6 +60,8 @@ class Command(BaseCommand):
         rounds: int,
         rows: int | None,
         shards: int | None = None,
+        executor: str | None = None,
+        at: str | None = None,
         **options: Any,
     ) -> None:
         """Run the trials; an answer that differs is an error."""
@@ -57,12 +70,19 @@ class Command(BaseCommand):
                 raise CommandError(f"--{name} must be 1 or more.")
         if shards is not None and not 2 <= shards <= MOST_SHARDS:
             raise CommandError(f"--shards must be 2 to {MOST_SHARDS}.")
+        if at is not None and executor is None:
+            raise CommandError("--at says where the workers of an --executor are.")
+        if shards is not None and executor is not None:
+            raise CommandError("--shards and --executor are two demos: one of them at a time.")
         load = report.load_of_machine()
         call_command("migrate", verbosity=0, interactive=False)
         call_command("load", data=data, stdout=self.stdout, stderr=self.stderr)
         last = last_key(rows)
         if shards is not None:
             self.ask_shards(shards, last, rounds, load)
+            return
+        if executor is not None:
+            self.work_elsewhere(executor, at, last, processes, load)
             return
 
         self.stdout.write(f"Dashboard, {rounds} rounds ...")
@@ -108,6 +128,23 @@ class Command(BaseCommand):
         counts = (f"{Flight.objects.using(alias).count():,}" for alias in aliases)
         self.stdout.write(f"Rows:     {', '.join(counts)} flights\n\n")
         self.judge(trials)
+
+    def work_elsewhere(self, name: str, at: str | None, last: int, processes: int, load: float | None) -> None:
+        """Map all flights on the workers of an engine."""
+        told = f"at {at}" if at else f"{processes} processes, started for this"
+        self.stdout.write(f"Work on every flight, in a loop and by {name} ({told}) ...")
+        try:
+            with fleet.running(name, processes, at) as executor:
+                trial = fleet.trial(name, executor, last, None if at else processes)
+        except (fleet.EngineError, ParallelORMError) as exc:
+            raise CommandError(str(exc)) from exc
+        self.stdout.write(f"\n{report.table([trial])}\n\n")
+        self.stdout.write(f"The report of {name}: {trial.ours.facts['report']}.\n\n")
+        self.stdout.write("Where the library lost:\n")
+        for sentence in report.losses_of_work(trial, load):
+            self.stdout.write(f"- {sentence}")
+        self.stdout.write(f"\n{report.environment(load)}\n")
+        self.judge([trial])
 
     def judge(self, trials: Iterable[measure.Trial]) -> None:
         """Tell that all answers are equal, or fail."""
