@@ -142,7 +142,10 @@ def unasked(query: Query) -> Query:
 
 def asked(query: Query) -> Query:
     """Return a query as one database is asked for it."""
-    copy: Any = query.clone()
+    return _to_be_asked(query.clone())
+
+
+def _to_be_asked(copy: Any) -> Query:
     if isinstance(copy, QueryAcross):
         copy.__class__ = vars(type(copy)).get("plain", Query)
     if copy.combined_queries:
@@ -193,7 +196,7 @@ class AcrossMixin(_Base):
         """Return the same queryset on one of its databases."""
         rows: Any = self._clone()
         rows.__class__ = self.plain_class
-        rows._query, rows._db = asked(self.query), alias
+        rows._query, rows._db = _to_be_asked(rows.query), alias
         for name in ("_across", "_told", "_missing", "_tells"):
             rows.__dict__.pop(name, None)
         # Of a related manager: the instance that it is of is no other database's, which Django refuses to set.

@@ -258,7 +258,7 @@ class Joins:
 
 def joins_of(queryset: Rows) -> Joins:
     """Look at the joins of filters, values and order, as the compiler makes them. Makes no query."""
-    if _is_of_one_table(queryset):
+    if is_of_one_table(queryset):
         return Joins(repeat_rows=False, order_by_many=False)
     query = queryset.query.clone()
     compiler = query.get_compiler(queryset.db)
@@ -287,7 +287,7 @@ def joins_of(queryset: Rows) -> Joins:
     return Joins(repeat_rows=repeat_rows or order_by_many, order_by_many=order_by_many, sees_many=sees_many)
 
 
-def _is_of_one_table(queryset: Any) -> bool:
+def is_of_one_table(queryset: Any) -> bool:
     """Tell whether it is seen at a glance that there are no joins, as nothing is asked for but columns of the table."""
     query = queryset.query
     return (

@@ -256,9 +256,10 @@ class Fan:
 
     def limited(self, queryset: Rows) -> Rows:
         """Return as much of a database's rows as a slice may have."""
+        if self.high is None:
+            return queryset
         rows = queryset.all()
-        if self.high is not None:
-            rows.query.set_limits(high=self.high)
+        rows.query.set_limits(high=self.high)
         return rows
 
     def refuse_what_has_no_chunks(self, verb: str) -> None:

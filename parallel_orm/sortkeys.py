@@ -22,6 +22,7 @@ from django.db.models.sql import Query
 from django.db.models.utils import create_namedtuple_class
 
 from parallel_orm.comparing import Comparison, NotComparable, comparison_of
+from parallel_orm.guards import is_of_one_table
 from parallel_orm.makers import keeps_as_it_is
 from parallel_orm.merging import Page, Term
 from parallel_orm.ordering import effective_ordering, is_random
@@ -89,23 +90,31 @@ class _Reading:
     """How the order of a queryset is read of its rows, on one database."""
 
     def __init__(self, alias: str, queryset: Rows) -> None:
-        self.alias, self.queryset = alias, queryset.all()
+        self.alias, self.queryset = alias, queryset
         self.kind: Any = queryset._iterable_class
-        query: Any = self.queryset.query
+        self.order: list[OrderBy] = []
+        query: Any = queryset.query
         if query.combinator:
             self.order = _order_of_combined(queryset)
             return
         ordering = effective_ordering(query)
         if any(map(is_random, ordering)):
+            self.queryset = queryset.all()
+            query = self.queryset.query
             # One number a row, by which it is ordered, and which it brings.
             select(query, f"{NAME}random", Random())
             query.order_by = tuple(f"{NAME}random" if is_random(item) else item for item in ordering)
         if query.extra_order_by:
             raise NotComparable("extra(order_by=...) is SQL that cannot be compared")
+        if not ordering:
+            return
         self._query = query.clone()
+        if self.kind is ModelIterable and is_of_one_table(queryset):
+            self.order = _order_by_own_columns(self._query, ordering)
+            return
         compiler = self._query.get_compiler(alias)
         compiler.setup_query()
-        self.order = [resolved for resolved, _ in compiler.get_order_by()] if ordering else []
+        self.order = [resolved for resolved, _ in compiler.get_order_by()]
 
     def name_of(self, place: int) -> str:
         expression: Any = self.order[place].expression
@@ -176,6 +185,16 @@ class _RowOrItem:
 
     def __call__(self, row: Any) -> Any:
         return row[self.place] if type(row) is tuple else row
+
+
+def _order_by_own_columns(query: Query, names: Sequence[str]) -> list[OrderBy]:
+    """Return what Django's compiler makes of such an order, which would make all else that is selected for it."""
+    meta, table, found = query.get_meta(), query.get_initial_alias(), []
+    for item in names:
+        name = item.lstrip("-")
+        column: Any = meta.pk if name == "pk" else meta.get_field(name)
+        found.append(OrderBy(column.get_col(table), descending=item.startswith("-") is query.standard_ordering))
+    return found
 
 
 def _order_of_combined(queryset: Rows) -> list[OrderBy]:

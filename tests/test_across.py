@@ -39,6 +39,7 @@ from django.test import override_settings
 
 from parallel_orm import Failure, collations, comparing, errors, parallel_map
 from parallel_orm.options import from_settings
+from parallel_orm.sortkeys import _order_by_own_columns
 from parallel_orm.testing import fail_chunk
 from tests.asynchronous import run
 from tests.conftest import _run
@@ -1033,3 +1034,17 @@ def test_a_table_that_one_does_not_have(alias, shards):
         with connections[shards[1]].cursor() as cursor:
             cursor.execute("ALTER TABLE elsewhere RENAME TO testapp_sale")
         collations._known.clear()
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize("order", [("pk",), ("-number", "pk"), ("name", "-number"), ("id",)])
+def test_an_order_by_own_columns_is_what_django_makes_of_it(default, order, backwards):
+    """Of these it need not be asked, which takes as long as a quick query."""
+    rows = Sale.objects.using(default).order_by(*order)
+    rows = rows.reverse() if backwards else rows
+    compiler = rows.query.clone().get_compiler(default)
+    compiler.setup_query()
+    theirs = [resolved for resolved, _ in compiler.get_order_by()]
+    ours = _order_by_own_columns(rows.query.clone(), rows.query.order_by)
+    assert ours == theirs
+    assert [compiler.compile(each) for each in ours] == [compiler.compile(each) for each in theirs]
