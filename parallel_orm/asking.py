@@ -139,36 +139,42 @@ class PendingAcross(Pending):
     def _wait(self, timeout: float | None) -> None:
         """Return when enough is known. What no thread can begin is run here."""
         until = None if timeout is None else monotonic() + timeout
-        told: SimpleQueue[str] = SimpleQueue()
-        for alias, pending in self._members.items():
-            pending._read.when_tried(partial(told.put, alias))
-        waiting = dict(self._members)
-        while waiting:
-            for alias, pending in list(waiting.items()):
+        told: SimpleQueue[Pending] = SimpleQueue()
+        waiting = set(self._members.values())
+
+        def tell(pending: Pending) -> None:
+            # In the thread that brings it. To be woken for each takes about as long as a quick query.
+            if pending.done() and not self._knows_enough(pending):
+                waiting.discard(pending)
+                if waiting:
+                    return
+            told.put(pending)
+
+        for pending in self._members.values():
+            pending._read.when_tried(partial(tell, pending))
+        while True:
+            for pending in list(waiting):
                 if not pending._read.is_about_to_begin and self._question.timeout is None:
                     pending._read.settle(wait=False)  # whoever needs it runs it
-                if self._knows_enough(alias, pending):
-                    return
                 if pending.done():
-                    del waiting[alias]
+                    if self._knows_enough(pending):
+                        return
+                    waiting.discard(pending)
             if not waiting:
                 return
             patience = LOOKS_EVERY if until is None else min(LOOKS_EVERY, until - monotonic())
             try:
-                alias = told.get(timeout=max(patience, 0.0))
+                pending = told.get(timeout=max(patience, 0.0))
             except Empty:
                 if until is not None and monotonic() >= until:
                     raise TimeoutError(f"No answer within {timeout} seconds; the queries go on.") from None
                 continue
-            pending = self._members[alias]
             if not pending.done():  # no thread could: its connection, or its session
                 pending._read.settle(wait=False)
-                pending._read.when_tried(partial(told.put, alias))
+                pending._read.when_tried(partial(tell, pending))
 
-    def _knows_enough(self, alias: str, pending: Pending) -> bool:
-        """Tell whether the others need not answer any more."""
-        if not pending.done():
-            return False
+    def _knows_enough(self, pending: Pending) -> bool:
+        """Tell whether the others need not answer any more, after one that is done."""
         outcome = pending._read.landed.result()
         if outcome.error is not None:
             return not self._may_be_missing(outcome.error)
@@ -183,12 +189,18 @@ class PendingAcross(Pending):
         answers: dict[str, Any] = {}
         missing: dict[str, BaseException] = {}
         first: BaseException | None = None
+        # What nobody has begun is not asked for any more.
+        begun = {
+            alias: pending
+            for alias, pending in self._members.items()
+            if not (pending._read.is_waiting and pending.cancel())
+        }
         until = monotonic() + GRACE
-        for pending in self._members.values():
+        for pending in begun.values():
             with suppress(TimeoutError):
                 pending._read.landed.result(max(0.0, until - monotonic()))
-        known = {alias: pending for alias, pending in self._members.items() if pending.done()}
-        for alias, pending in self._members.items():
+        known = {alias: pending for alias, pending in begun.items() if pending.done()}
+        for alias, pending in begun.items():
             if alias not in known:
                 pending.cancel()
         for alias, pending in known.items():
@@ -216,12 +228,12 @@ class PendingAcross(Pending):
 
     async def _awaited(self) -> Any:
         if self._joined is None:
-            waits = {asyncio.ensure_future(pending._arrived()): alias for alias, pending in self._members.items()}
+            waits = {asyncio.ensure_future(pending._arrived()): pending for pending in self._members.values()}
             try:
                 left = set(waits)
                 while left:
                     done, left = await asyncio.wait(left, return_when=asyncio.FIRST_COMPLETED)
-                    if any(self._knows_enough(waits[each], self._members[waits[each]]) for each in done):
+                    if any(waits[each].done() and self._knows_enough(waits[each]) for each in done):
                         break
             finally:
                 for wait in waits:

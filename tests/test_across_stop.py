@@ -12,12 +12,15 @@ from django.db import DatabaseError, OperationalError, connections, transaction
 from django.db.models import Count, Max, Min
 from django.db.models.functions import Collate
 
-from parallel_orm import comparing, errors
+from parallel_orm import asking, comparing, errors
+from parallel_orm.reads import Read
+from parallel_orm.task import Task
 from tests.conftest import _run
 from tests.shards import databases_like
 from tests.test_across import linguistic
 from tests.test_stop import an_alias_like, until
 from tests.testapp.models import Sale, Shop
+from tests.threads import all_done
 
 WAIT = 60
 #: A minute, for rows of number 99.
@@ -340,3 +343,30 @@ def django_assert_queries():
             yield lambda: [each["sql"] for one in seen for each in one.captured_queries]
 
     return capture
+
+
+def test_whoever_waits_is_woken_once(shards, monkeypatch):
+    """When the last has answered; the others come before, one after the other."""
+    woken, told = [], {name: threading.Event() for name in shards}
+    wake, run = Read._wake, Task.run
+
+    class Told(asking.SimpleQueue):
+        def put(self, pending):
+            woken.append(pending.alias)
+            super().put(pending)
+
+    def wake_and_tell(read):
+        wake(read)
+        told[read.alias].set()
+
+    def run_in_turn(task):
+        place = shards.index(task.chunk.alias)
+        assert place == 0 or told[shards[place - 1]].wait(WAIT)
+        return run(task)
+
+    monkeypatch.setattr(asking, "SimpleQueue", Told)
+    monkeypatch.setattr(Read, "_wake", wake_and_tell)
+    monkeypatch.setattr(Task, "run", run_in_turn)
+    assert Sale.objects.across(*shards).count() == 9
+    all_done()
+    assert woken == [shards[2]]
