@@ -189,18 +189,12 @@ class PendingAcross(Pending):
         answers: dict[str, Any] = {}
         missing: dict[str, BaseException] = {}
         first: BaseException | None = None
-        # What nobody has begun is not asked for any more.
-        begun = {
-            alias: pending
-            for alias, pending in self._members.items()
-            if not (pending._read.is_waiting and pending.cancel())
-        }
         until = monotonic() + GRACE
-        for pending in begun.values():
+        for pending in self._members.values():
             with suppress(TimeoutError):
                 pending._read.landed.result(max(0.0, until - monotonic()))
-        known = {alias: pending for alias, pending in begun.items() if pending.done()}
-        for alias, pending in begun.items():
+        known = {alias: pending for alias, pending in self._members.items() if pending.done()}
+        for alias, pending in self._members.items():
             if alias not in known:
                 pending.cancel()
         for alias, pending in known.items():
