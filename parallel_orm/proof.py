@@ -9,8 +9,9 @@ call themselves.
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache, partial
 from hashlib import sha256
 from importlib import import_module
@@ -18,7 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from pkgutil import iter_modules
 from platform import node
-from types import MethodType
+from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
 import cloudpickle
@@ -45,6 +46,8 @@ SETTINGS = (
 )
 #: What a worker says of something that it has not.
 ABSENT = "absent"
+#: How it begins what it says of a module whose file is not what was loaded; no two processes say the same.
+STALE = "stale "
 
 
 class Claim(NamedTuple):
@@ -89,6 +92,8 @@ def _told(claim: Claim, here: str) -> str:
     what = f"{claim.kind} {claim.of}".rstrip()
     if here == ABSENT:
         return f"the {what} is not there"
+    if here.startswith(STALE):
+        return f"the {what} was changed since this worker loaded it"
     if claim.kind in _IN_WORDS:
         return f"{what} is {here}, and {claim.value} for the caller"
     return f"the {what} is another"
@@ -116,7 +121,10 @@ def module_of(function: Any) -> str:
 
 
 def _of_setting(name: str) -> str:
-    return _digest(repr(getattr(settings, name, None)))
+    value = getattr(settings, name, None)
+    if isinstance(value, list | tuple):  # routers may be objects, and each process has its own
+        value = [each if isinstance(each, str) else f"{type(each).__module__}.{type(each).__name__}" for each in value]
+    return _digest(repr(value))
 
 
 @cache  # what is loaded is not changed by a file that is, later
@@ -138,17 +146,81 @@ def _of_model(label: str) -> str:
 @cache
 def _of_module(name: str) -> str:
     try:
-        file = getattr(import_module(name), "__file__", None)
+        module = import_module(name)
     except ImportError:
         return ABSENT
-    return "no file" if file is None else _digest(Path(file).read_bytes())
+    if is_stale(module):
+        return f"{STALE}{node()} {os.getpid()}"
+    try:
+        return _digest(Path(str(getattr(module, "__file__", None))).read_bytes())
+    except OSError:  # it is of a namespace, or in an archive
+        return "no file"
+
+
+def is_stale(module: ModuleType) -> bool:
+    """Tell whether a module's file was changed since it was loaded, so far as its functions tell.
+
+    A worker that nobody started anew has the new file then, and runs the old code.
+    """
+    get_code = getattr(getattr(module.__spec__, "loader", None), "get_code", None)
+    if get_code is None:
+        return False
+    try:
+        now = get_code(module.__name__)
+    except Exception:
+        return True
+    if now is None:
+        return False
+    known = {_told_of(code) for code in _codes_in(now)}
+    loaded = (code for code in _codes_of(module) if code.co_filename == now.co_filename)
+    return any(_told_of(code) not in known for code in loaded)
+
+
+def _told_of(code: CodeType) -> tuple[object, ...]:
+    """Return what tells one code from another. (Its flags do not: decorators change them.)"""
+    constants = tuple(each for each in code.co_consts if not isinstance(each, CodeType))
+    return code.co_qualname, code.co_code, code.co_names, constants
+
+
+def _codes_in(code: CodeType) -> Iterator[CodeType]:
+    yield code
+    for each in code.co_consts:
+        if isinstance(each, CodeType):
+            yield from _codes_in(each)
+
+
+def _codes_of(module: ModuleType) -> Iterator[CodeType]:
+    """Yield the code of each function and method of a module, as it was loaded, without what decorates it.
+
+    No object is asked for anything, not even for its class, as lazy ones would be made then.
+    """
+    found = [*vars(module).values()]
+    kinds = [each for each in found if issubclass(type(each), type) and each.__module__ == module.__name__]
+    found += [each for kind in kinds for each in vars(kind).values()]
+    for each in found:
+        if type(each) in (staticmethod, classmethod):
+            each = each.__func__
+        elif type(each) is property:
+            each = each.fget
+        for _ in range(MOST_DECORATORS):
+            within = vars(each).get("__wrapped__") if type(each) in (FunctionType, _Cached) else None
+            if type(within) not in (FunctionType, _Cached):
+                break
+            each = within
+        if type(each) is FunctionType:
+            yield each.__code__
+
+
+_Cached = type(cache(len))
+#: How many decorators of a function are looked behind: enough, where one leads back to itself.
+MOST_DECORATORS = 10
 
 
 def _of_database(alias: str) -> str:
     connection: Any = connections[alias]
     was_open = connection.connection is not None
     try:
-        return _digest(connection.vendor, *_PLACES[connection.vendor](connection))
+        return _digest(connection.vendor, *_PLACES.get(connection.vendor, _by_settings)(connection))
     finally:
         if not was_open:
             connection.close()
@@ -183,6 +255,11 @@ def _in_mysql(connection: Any) -> Iterable[object]:
         variables = sorted(cursor.fetchall())
         cursor.execute("SELECT DATABASE()")
         return *variables, *cursor.fetchone()
+
+
+def _by_settings(connection: Any) -> Iterable[object]:
+    """Of one whose server cannot be asked: what both must have in their settings."""
+    return [connection.settings_dict.get(name) for name in ("NAME", "HOST", "PORT")]
 
 
 _PLACES: dict[str, Callable[[Any], Iterable[object]]] = {

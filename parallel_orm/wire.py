@@ -17,6 +17,7 @@ import sys
 import types
 from base64 import b64decode, b64encode
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from math import isfinite
 from operator import attrgetter
@@ -61,7 +62,9 @@ def find(path: str) -> Any:
 
 #: Types of Python's own that say they are builtins, and are not found there.
 _NAMELESS: dict[Any, str] = {
-    kind: f"types:{kind.__name__}" for kind in (types.NoneType, types.EllipsisType, types.NotImplementedType)
+    kind: f"types:{name}"
+    for name, kind in vars(types).items()
+    if isinstance(kind, type) and kind.__module__ == "builtins"
 }
 _NAMED = (type, types.FunctionType, types.BuiltinFunctionType)
 
@@ -78,6 +81,8 @@ class _Writer:
 
     def write(self, value: Any) -> Any:
         kind = type(value)
+        if kind is int and value.bit_length() > 64:  # Python reads no number of very many decimals
+            return {"int": hex(value)}
         if value is None or kind in (str, int, bool):
             return value
         if kind is float:
@@ -117,6 +122,8 @@ class _Writer:
         reduced = value.__reduce_ex__(4) if reduce is None else reduce(value)
         if isinstance(reduced, str):
             path = f"{getattr(value, '__module__', None) or 'builtins'}:{reduced}"
+            if find(path) is not value:
+                raise NotByName(f"{value!r} is not what is found under {path}")
             self._unmade.remove(id(value))
             return {"global": path}
         function, args, state, items, pairs, setter = (*reduced, None, None, None, None)[:6]
@@ -142,6 +149,7 @@ class _Reader:
     def __init__(self) -> None:
         self._numbered: list[Any] = []
         self._ways: dict[str, Callable[[Any], Any]] = {
+            "int": partial(int, base=16),
             "float": float,
             "bytes": b64decode,
             "name": find,
