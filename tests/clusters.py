@@ -64,7 +64,7 @@ def threads_of_dask(number: int) -> Iterator[Any]:
 
 
 class ByHand:
-    """A scheduler and workers that were started on the command line."""
+    """A scheduler and workers that were started on the command line; which settings are theirs nobody has said."""
 
     def __init__(self, folder: Path, port: int) -> None:
         self.address, self._folder, self._started = f"tcp://127.0.0.1:{port}", folder, list[subprocess.Popen[bytes]]()
@@ -77,10 +77,12 @@ class ByHand:
         return self._start("worker", self.address, "--nthreads", "1", "--nanny" if nanny else "--no-nanny")
 
     def _start(self, what: str, *arguments: str) -> subprocess.Popen[bytes]:
+        env = {**os.environ, **environment(), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        del env["DJANGO_SETTINGS_MODULE"]
         with (self._folder / "log").open("ab") as log:
             process = subprocess.Popen(
                 [sys.executable, "-m", "dask", what, *arguments, "--dashboard-address", "127.0.0.1:0"],
-                env={**os.environ, **environment(), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                env=env,
                 cwd=self._folder,
                 stdout=log,
                 stderr=log,

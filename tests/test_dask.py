@@ -249,23 +249,27 @@ def test_no_worker(articles, monkeypatch):
             assert found == list(range(30))
 
 
-def test_the_scheduler_goes_in_the_middle_and_comes_back(default, tmp_path):
+def test_the_scheduler_goes_in_the_middle_and_comes_back(articles, tmp_path):
     """It ends as an error that is named; and the next call finds the new one, whose workers are made ready."""
-    articles = filled(default)
     with dask_by_hand(tmp_path) as by_hand, by_name(ADDRESS=by_hand.address, TIMEOUT=WAIT):
         scheduler = by_hand.scheduler()
         by_hand.worker()
-        with articles.parallel_imap(functions.rank, executor="dask", chunk_size=1) as stream:
-            assert next(stream) == 0
-            scheduler.kill()
-            scheduler.wait()
-            with pytest.raises(errors.EngineUnavailable, match="went away"):
-                list(stream)
-        by_hand.scheduler()
-        by_hand.worker()
+        with distributed.Client(by_hand.address, timeout=WAIT, set_as_default=False) as client:
+            with articles.parallel_imap(functions.rank, executor=client, chunk_size=1) as stream:
+                assert next(stream) == 0
+                scheduler.kill()
+                scheduler.wait()
+                with pytest.raises(errors.EngineUnavailable, match="went away"):
+                    list(stream)
+            until(lambda: client.status == "connecting", message="the client sees it")
+            with by_name(TIMEOUT=0.5):
+                with pytest.raises(errors.EngineUnavailable, match=f"does not answer at {by_hand.address}"):
+                    articles.parallel_map(functions.rank, executor=client)
+            by_hand.scheduler()
+            by_hand.worker()
+            until(lambda: client.status == "running", message="the client is back")
+            assert articles.parallel_map(functions.rank, executor=client, chunk_size=10) == list(range(30))
         assert articles.parallel_map(functions.rank, executor="dask", chunk_size=10) == list(range(30))
-        writes = Ship.objects.using(default)
-        assert writes.parallel_create([{"name": "late"}], executor="dask").succeeded == 1
 
 
 # --- What is sent -----------------------------------------------------------------------
@@ -383,6 +387,53 @@ def test_what_cannot_travel_is_named(articles, threads):
     lock = threading.Lock()
     with pytest.raises(errors.NotPicklable, match=r"<lambda> cannot be sent to .*locks"):
         articles.parallel_map(lambda row: lock, executor=threads)
+
+
+def test_sqlite_has_one_writer(default, threads, monkeypatch):
+    """However many workers the cluster has, so nobody waits for a lock."""
+    out = []
+
+    class Counting(dask.DaskExecutor):
+        def submit(self, fn, /, *args, **kwargs):
+            future = super().submit(fn, *args, **kwargs)
+            out.append(future)
+            assert sum(not each.done() for each in out) <= 1
+            return future
+
+    monkeypatch.setattr(dask, "DaskExecutor", Counting)
+    report = Ship.objects.using(default).parallel_create(
+        ({"name": f"ship {n}"} for n in range(20)), executor=threads, chunk_size=2
+    )
+    assert (report.succeeded, len(out)) == (20, 10)
+
+
+def test_what_was_begun_to_be_written_is_waited_for(postgres, threads):
+    """Also where another chunk has failed: nothing is written behind the caller's back."""
+    ships = Ship.objects.using(postgres)
+    MEETINGS.append(threading.Barrier(2))
+    try:
+        with pytest.raises(ValueError, match="poison") as caught:
+            ships.parallel_create([{"name": "poison"}, {"name": "slow"}], meet, executor=threads, chunk_size=1)
+    finally:
+        MEETINGS.pop()
+    assert report_of(caught.value).succeeded == ships.count() == 1
+
+
+MEETINGS: list[threading.Barrier] = []
+
+
+def meet(item):
+    """Two chunks are begun; the one fails, and when that is known the other goes on."""
+    MEETINGS[-1].wait(WAIT)
+    if item["name"] == "poison":
+        raise ValueError("poison")
+    until(lambda: len(tasks_here()) <= 1, message="the other has failed")
+    return Ship(**item)
+
+
+def tasks_here():
+    """The tasks that the worker of this process has still to do."""
+    return [task for task in distributed.get_worker().state.tasks.copy().values() if task.state == "executing"]
 
 
 # --- When workers are lost --------------------------------------------------------------

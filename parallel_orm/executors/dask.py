@@ -21,9 +21,8 @@ from typing import Any
 from uuid import uuid4
 from weakref import WeakKeyDictionary
 
-from django.conf import settings
-
 from parallel_orm import errors
+from parallel_orm.capsule import World
 from parallel_orm.executors.processes import without_main
 from parallel_orm.letters import set_up
 
@@ -277,7 +276,7 @@ def _make_ready(client: Client, timeout: float) -> None:
         raise errors.engine_unreachable("Dask's scheduler", _where(client), error) from error
     if _made_ready.get(client) != scheduler:
         try:
-            client.register_plugin(DjangoWorker(getattr(settings, "SETTINGS_MODULE", None)))
+            client.register_plugin(DjangoWorker(World.of_caller().module))
         except Exception as error:
             raise errors.engine_not_ready("Dask", error) from error
         _made_ready[client] = scheduler
