@@ -349,6 +349,17 @@ def test_what_was_not_begun_is_not_begun_when_the_loop_is_left(articles, threads
     assert len(gate.begun) == 3
 
 
+def test_a_call_that_is_cancelled_is_not_begun(threads, gate):
+    executor = dask.DaskExecutor(threads)
+    futures = [executor.submit(gate, Article(rank=n)) for n in (1, 2, 3)]
+    gate.wait_for(2)
+    assert futures[2].cancel()
+    until(lambda: len(tasks_of(threads)) == 2, message="the scheduler forgets it")
+    gate.opened.set()
+    assert [future.result(WAIT) for future in futures[:2]] == [1, 2]
+    assert sorted(gate.begun) == [1, 2]
+
+
 def test_in_order_however_they_come(articles, threads, gate):
     """The first is the last to come back."""
     with articles.reverse().parallel_imap(gate, executor=threads, chunk_size=25) as stream:
