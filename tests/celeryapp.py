@@ -31,7 +31,7 @@ def make_app(broker: str, backend: str | None, queue: str, **more: Any) -> Celer
             "task_reject_on_worker_lost": True,
             "task_ignore_result": True,
             "task_track_started": True,
-            "worker_max_tasks_per_child": 200,
+            "worker_max_tasks_per_child": 50,
             **more,
         }
     )

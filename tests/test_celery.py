@@ -26,6 +26,7 @@ import kombu
 import psutil
 import pytest
 from amqp.exceptions import NotFound
+from celery.exceptions import NotRegistered
 from celery.signals import after_task_publish
 from django.db import connections
 from django.test import TestCase, override_settings
@@ -33,7 +34,7 @@ from kombu.exceptions import ChannelError
 
 import parallel_orm
 from parallel_orm import Failure, errors, proof
-from parallel_orm.executors.celery import answer_of, message_of
+from parallel_orm.executors.celery import answer_of, error_of, message_of
 from tests import celeryapp, functions
 from tests.celeryapp import make_app
 from tests.servers import OwnServer
@@ -155,9 +156,20 @@ class Fleet:
 
     def end(self) -> None:
         self.kill()
-        with suppress(Exception), self.app.connection_for_write() as connection, connection.channel() as channel:
-            channel.queue_delete(self.queue)
+        with self.app.connection_for_write() as connection:
+            for name in (self.queue, f"{self.queue}_aside"):
+                delete(connection, "queue", name)
+                delete(connection, "exchange", name)
+            for name in ("_control.pidbox", "_events"):
+                delete(connection, "exchange", f"{self.queue}{name}")
+            delete(connection, "exchange", f"reply.{self.queue}_control.pidbox")
         self.app.close()
+
+
+def delete(connection: Any, kind: str, name: str) -> None:
+    """Delete a queue or an exchange of a broker's, if there is one."""
+    with suppress(Exception), connection.channel() as channel:  # which an error closes
+        getattr(channel, f"{kind}_delete")(name)
 
 
 @dataclass
@@ -339,8 +351,8 @@ def aside(on, request):
     queue = f"{fleet.queue}_aside"
     with calling(fleet, QUEUE=queue, PATIENCE=1):
         yield Queue(fleet, queue)
-    with fleet.app.connection_for_write() as connection, connection.channel() as channel, suppress(Exception):
-        channel.queue_delete(queue)
+    with fleet.app.connection_for_write() as connection:
+        delete(connection, "queue", queue)
 
 
 @dataclass
@@ -759,8 +771,19 @@ def test_a_queue_of_its_own(rows, aside):
     aside.consume()
     try:
         assert rows.parallel_map(functions.rank, executor="celery", chunk_size=2) == list(range(10))
+        named = {"aside": {"BACKEND": "celery", "OPTIONS": {"queue": aside.name, "app": "tests.test_celery.APP"}}}
+        with override_settings(PARALLEL_ORM={"EXECUTORS": named}):
+            assert rows.parallel_map(functions.rank, executor="aside") == list(range(10))
     finally:
         aside.forget()
+
+
+def test_a_worker_without_our_app(over_redis):
+    """It knows no task of ours, which Celery tells the caller."""
+    with pytest.raises(NotRegistered) as caught:
+        over_redis.app.send_task("parallel_orm.unknown", [], ignore_result=False).get(timeout=WAIT)
+    assert "They need parallel_orm" in str(error_of(caught.value))
+    assert isinstance(error_of(caught.value), errors.EngineUnavailable)
 
 
 def test_eager(rows):
