@@ -100,3 +100,10 @@ def ship_with_mark(item: Any, folder: str) -> Any:
 
     (Path(folder) / f"made {item}").touch()
     return plain_ship(item)
+
+
+def map_within(alias: str) -> list[int]:
+    from tests.functions import rank
+    from tests.testapp.models import Article
+
+    return list(Article.objects.using(alias).order_by("rank").parallel_map(rank, 1, chunk_size=3, executor="celery"))

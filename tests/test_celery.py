@@ -778,6 +778,28 @@ def test_a_queue_of_its_own(rows, aside):
         aside.forget()
 
 
+def test_within_a_task(rows, on, request):
+    """Celery listens less there."""
+    fleet = request.getfixturevalue(request.node.callspec.params["on"])
+    assert answer_of(fleet.sent(message_of(celeryapp.map_within, ("default",), {}, by_value=False))) == list(range(10))
+
+
+@pytest.mark.redis
+def test_a_backend_that_must_be_asked(rows, databases, tmp_path):
+    """Most of them: this one has its answers in files."""
+    folder = tmp_path / "answers"
+    folder.mkdir()
+    fleet = Fleet(databases.url_of("redis"), f"file://{folder}")
+    try:
+        with calling(fleet):
+            assert rows.parallel_map(functions.rank, chunk_size=2, executor="celery") == list(range(10))
+            with pytest.raises(ValueError, match="rank three"):
+                rows.parallel_map(functions.fail_on_three, executor="celery")
+        assert not list(folder.iterdir())
+    finally:
+        fleet.end()
+
+
 def test_a_worker_without_our_app(over_redis):
     """It knows no task of ours, which Celery tells the caller."""
     with pytest.raises(NotRegistered) as caught:

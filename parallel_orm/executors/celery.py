@@ -208,7 +208,7 @@ class CeleryExecutor(Executor):
 
     def _work(self, producer: Any) -> None:
         """Send what is in the inbox, and hear what comes back, until the end is told."""
-        pause, looked = LOOKS, monotonic()
+        pause, looked, heard = LOOKS, monotonic(), monotonic()
         while True:
             try:
                 call = self._inbox.get(block=not self._flying)
@@ -217,17 +217,23 @@ class CeleryExecutor(Executor):
             else:
                 if call is None:
                     break
+                if not self._flying:
+                    heard = monotonic()
                 self._send(call, producer)
                 continue  # to what else there is, before answers are asked for
             self._revoke([call for call in self._flying.values() if call.future.cancelled()], producer.connection)
             flying = len(self._flying)
             try:
                 self._listen(pause)
-                if monotonic() - looked > min(self._setup.patience, 5.0):
-                    looked = monotonic()
-                    self._look_for_lost(producer.connection)
-            except Exception as error:
-                self._abandon(errors.engine_unreachable(BROKER, _where(self._app), error))
+            except Exception as error:  # it may be over the next time, but where Celery has tried again itself
+                if self._is_told or monotonic() - heard > self._setup.timeout:
+                    self._abandon(list(self._flying.values()), error)
+                sleep(pause)
+            else:
+                heard = monotonic()
+            if monotonic() - looked > min(self._setup.patience, 5.0):
+                looked = monotonic()
+                self._look_for_lost(producer.connection)
             pause = LOOKS if len(self._flying) < flying else min(pause * 1.5, LOOKS_AT_MOST)
         self._revoke(list(self._flying.values()), producer.connection)
 
@@ -235,12 +241,17 @@ class CeleryExecutor(Executor):
         if call.future.cancelled():
             return
         if self._app.conf.task_always_eager:
-            self._hear(call, self._task.apply((call.message,), task_id=call.name, throw=False))
+            try:
+                self._hear(call, self._task.apply((call.message,), task_id=call.name, throw=False))
+            except BaseException as error:  # or whoever waits for it would wait for ever
+                _land(call.future, error=error)
             return
         options: dict[str, Any] = {} if self._setup.queue is None else {"queue": self._setup.queue}
         if call.once:
             options["retry"] = False  # a message may have arrived whose sending has failed
         try:
+            if self._is_told:  # before anybody could answer: Celery itself does so, but within tasks
+                self._app.backend.result_consumer.consume_from(call.name)
             call.sent = self._task.apply_async(
                 (call.message,),
                 task_id=call.name,
@@ -322,8 +333,14 @@ class CeleryExecutor(Executor):
         """
         now = monotonic()
         late = [call for call in self._flying.values() if now - call.since > self._setup.patience]
-        if not late:
-            return
+        try:
+            if late:
+                self._look_for(late, now, connection)
+        except Exception as error:  # the broker's, which may be there again the next time
+            most = self._setup.patience + self._setup.timeout
+            self._abandon([call for call in late if now - call.since > most and call.name in self._flying], error)
+
+    def _look_for(self, late: list[Call], now: float, connection: Any) -> None:
         waiting, consumers = self._in_queue(connection)
         ask = partial(_ask, self._app, connection)
         queues = ask("active_queues")
@@ -362,11 +379,10 @@ class CeleryExecutor(Executor):
         if self._flying:
             self._look()
 
-    def _abandon(self, error: Exception) -> None:
-        calls = list(self._flying.values())
-        self._flying.clear()
+    def _abandon(self, calls: list[Call], error: Exception) -> None:
         for call in calls:
-            _land(call.future, error=error)
+            self._flying.pop(call.name)
+            _land(call.future, error=errors.engine_unreachable(BROKER, _where(self._app), error))
 
     def _close(self) -> None:
         """Leave nothing open that this thread has opened."""
