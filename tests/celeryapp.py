@@ -107,3 +107,7 @@ def map_within(alias: str) -> list[int]:
     from tests.testapp.models import Article
 
     return list(Article.objects.using(alias).order_by("rank").parallel_map(rank, 1, chunk_size=3, executor="celery"))
+
+
+def hang() -> None:
+    threading.Event().wait(60)

@@ -26,7 +26,7 @@ import kombu
 import psutil
 import pytest
 from amqp.exceptions import NotFound
-from celery.exceptions import NotRegistered
+from celery.exceptions import NotRegistered, TimeLimitExceeded
 from celery.signals import after_task_publish
 from django.db import connections
 from django.test import TestCase, override_settings
@@ -126,9 +126,9 @@ class Fleet:
             "PARALLEL_ORM_TEST_OPTIONS": json.dumps({"CELERY": self.options}),
         }
 
-    def sent(self, message: str) -> Any:
+    def sent(self, message: str, **options: Any) -> Any:
         """Return what the worker answers a message."""
-        return self.app.send_task("parallel_orm.call", [message], ignore_result=False).get(timeout=WAIT)
+        return self.app.send_task("parallel_orm.call", [message], ignore_result=False, **options).get(timeout=WAIT)
 
     def hosts(self) -> list[str]:
         return [f"{self.queue}@{socket.gethostname()}"]
@@ -798,6 +798,14 @@ def test_a_backend_that_must_be_asked(rows, databases, tmp_path):
         assert not list(folder.iterdir())
     finally:
         fleet.end()
+
+
+def test_a_time_limit_of_the_project(over_redis):
+    """Its chunk took too long, and may be sent again as one of ours."""
+    message = message_of(celeryapp.hang, (), {}, by_value=False)
+    with pytest.raises(TimeLimitExceeded) as caught:
+        over_redis.sent(message, time_limit=1)
+    assert isinstance(error_of(caught.value), errors.ChunkTimedOut)
 
 
 def test_a_worker_without_our_app(over_redis):

@@ -496,6 +496,8 @@ def error_of(result: Any) -> BaseException:
     name = type(result).__name__
     if name in ("WorkerLostError", "Terminated", "TaskRevokedError"):
         return errors.WorkerDied(None, None)
+    if name == "TimeLimitExceeded":  # the project's task_time_limit
+        return errors.ChunkTimedOut(float(result.args[0]))
     if name == "NotRegistered":
         return errors.engine_not_ready("Celery", result)
     return result if isinstance(result, BaseException) else errors.RemoteError(name, str(result))
