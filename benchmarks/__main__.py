@@ -14,6 +14,7 @@ BENCHMARKS = {
     "page": "benchmarks.page:run",
     "map": "benchmarks.maps:run",
     "engine": "benchmarks.maps:engine",
+    "engines": "benchmarks.engines:run",
     "writes": "benchmarks.writes:run",
     "several": "benchmarks.several:run",
     "across": "benchmarks.across:run",
@@ -30,6 +31,8 @@ LONG = {
     "each": "benchmarks.soak:each",
     "kill": "benchmarks.soak:kill",
     "create": "benchmarks.writes:memory",
+    "many": "benchmarks.engines:memory",
+    "estimate": "benchmarks.estimate:run",
 }
 
 
