@@ -14,6 +14,7 @@ from functools import partial
 from importlib.util import find_spec
 from time import monotonic, sleep
 from typing import Any
+from unittest import mock
 
 from benchmarks import work
 from benchmarks.maps import PROCESSES, WORK, with_processor
@@ -39,21 +40,33 @@ def run(databases: dict[str, str], *, rounds: int | None, rows: int | None) -> N
 
 
 def memory(databases: dict[str, str], *, rounds: int | None, rows: int | None) -> None:
-    """How far the caller's memory grows while it plans and sends chunks of one row."""
+    """How far the caller's memory grows while it plans and sends chunks of one row.
+
+    First to an engine that has an answer at once, which shows the caller alone: it plans, and writes and seals messages
+    as for Celery. Then to the engines.
+    """
     alias, rows = next(iter(databases)), rows or MANY
     with engines() as knobs, table(alias, rows):
         queryset = Article.objects.using(alias)
+        if "Celery" in knobs:
+            from parallel_orm.executors.celery import SENT, CeleryExecutor, _land
+
+            with mock.patch.object(CeleryExecutor, "_send", lambda self, call: _land(call.future, SENT)):
+                grow(queryset, rows, "nobody, who answers at once", knobs["Celery"])
         for name, given in knobs.items():
-            some = queryset.filter(pk__lte=FEW)
-            some.parallel_each(work.nothing, PROCESSES, chunk_size=1, **given)
-            before = peak()
-            report = queryset.parallel_each(work.nothing, PROCESSES, chunk_size=1, **given)
-            assert report.chunks == report.rows == rows
-            print(
-                f"{rows:,} chunks of one row by {name}, {report.seconds:.0f} s: "
-                f"the caller's peak grew by {peak() - before:.1f} MB beyond that of {FEW:,}.\n",
-                flush=True,
-            )
+            grow(queryset, rows, name, given)
+
+
+def grow(queryset: Any, rows: int, name: str, given: dict[str, Any]) -> None:
+    queryset.filter(pk__lte=FEW).parallel_each(work.nothing, PROCESSES, chunk_size=1, **given)
+    before = peak()
+    report = queryset.parallel_each(work.nothing, PROCESSES, chunk_size=1, **given)
+    assert report.chunks == rows
+    print(
+        f"{rows:,} chunks of one row by {name}, {report.seconds:.0f} s: "
+        f"the caller's peak grew by {peak() - before:.1f} MB beyond that of {FEW:,}.\n",
+        flush=True,
+    )
 
 
 @contextmanager

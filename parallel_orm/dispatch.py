@@ -298,7 +298,8 @@ def outcome_of(future: Future[Outcome], chunk: Chunk, label_of: Callable[[Chunk]
     error = future.exception()
     if error is None:
         outcome = future.result()
-        return outcome if chunk.items is None else replace(outcome, chunk=chunk)
+        # What nobody answered to names no chunk, and what has items comes back without them.
+        return outcome if chunk.items is None and outcome.chunk.alias else replace(outcome, chunk=chunk)
     if isinstance(error, WorkerDied) and error.chunk is None:
         notes = getattr(error, "__notes__", ())
         error = WorkerDied(error.pid, error.exitcode, chunk, label_of(chunk))

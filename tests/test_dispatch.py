@@ -67,6 +67,21 @@ def test_the_window_bounds_what_is_out():
     outcomes.close()
 
 
+def test_what_was_only_sent_is_of_its_chunk():
+    """An engine that gives no answers says that a chunk was sent, not which: so nothing is kept of those that were."""
+
+    def send(chunk):
+        future: Future[Outcome] = Future()
+        future.set_result(Outcome(Chunk(0, ""), [], counts={"sent": 1}))
+        return future
+
+    supply, window = planned(some_chunks(100)), Window(4)
+    for number, outcome in enumerate(dispatch(supply, send, window)):
+        assert outcome.chunk == Chunk(number, "default")
+        window.release()
+    assert not supply.has_before((1,)), "all have been heard of"
+
+
 @pytest.mark.parametrize("ordered", [True, False])
 def test_results_are_gathered_in_order_or_as_they_come(ordered):
     """Done in reverse, but for the last, the results stand in the plan's order, or in that of their arrival."""

@@ -311,9 +311,9 @@ def _connected(address: str | None, number: int | None, timeout: float) -> Clien
     # `if __name__ == "__main__"` would start its whole work anew in each of them, also in those that are started later.
     spawn.get_preparation_data = without_main
     try:
-        cluster = LocalCluster(
-            n_workers=number, threads_per_worker=1, dashboard_address="127.0.0.1:0", host="127.0.0.1"
-        )
+        # A scheduler serves HTTP in any case: at a port that is free, as it warns where the usual one is not.
+        here = "127.0.0.1"
+        cluster = LocalCluster(n_workers=number, threads_per_worker=1, dashboard_address=f"{here}:0", host=here)
         return Client(cluster, timeout=timeout, set_as_default=False)
     except (OSError, TimeoutError, RuntimeError) as error:
         raise errors.engine_unreachable("Dask", "a cluster of this process's own", error) from error
