@@ -37,7 +37,7 @@ from typing import Any
 
 import pytest
 
-from tests.databases import KINDS, REQUIRABLE, Databases
+from tests.databases import BROKERS, KINDS, REQUIRABLE, Databases
 from tests.pairs import enough
 
 _run = pytest.StashKey["Run"]()
@@ -94,6 +94,9 @@ class Run:
         for item in items:
             for kind in sorted({KINDS[alias] for alias in _asked_for(item)}):
                 item.add_marker(kind)
+            for broker in sorted(BROKERS):
+                if f"over_{broker}" in getattr(item, "fixturenames", []):
+                    item.add_marker(broker)
             marks = {mark.name for mark in item.iter_markers()}
             self.kinds[item.nodeid] = marks & REQUIRABLE
 

@@ -55,7 +55,7 @@ MOST_BYTES = 16 * 2**20
 LOOKS, LOOKS_AT_MOST = 0.002, 0.05
 #: Seconds for workers to answer when they are asked who is there.
 ASKS = 1.0
-#: And at first, where it is likely that all are idle.
+#: And at first, where it is likely that all are idle. (Over Redis it takes a second to end this.)
 ASKS_SHORTLY = 0.25
 #: Seconds for which it is known how many there are.
 KNOWN = 60.0
@@ -342,7 +342,7 @@ class CeleryExecutor(Executor):
 
     def _look_for(self, late: list[Call], now: float, connection: Any) -> None:
         waiting, consumers = self._in_queue(connection)
-        ask = partial(_ask, self._app, connection)
+        ask = partial(_ask, self._app)
         queues = ask("active_queues")
         consumers += sum(any(each["name"] == self._queue for each in known) for known in queues.values())
         held: set[str] = set()
@@ -437,27 +437,25 @@ def _number_of(app: Celery, queue: str) -> int:
     where = _where(app), queue
     number, until = _numbers.get(where, (0, 0.0))
     if until < monotonic():
-        with app.connection_for_write() as connection:
-            ask = partial(_ask, app, connection)
-            number = _ask_for_number(ask, queue, ASKS_SHORTLY) or _ask_for_number(ask, queue, ASKS)
+        number = _ask_for_number(app, queue, ASKS_SHORTLY) or _ask_for_number(app, queue, ASKS)
         _numbers[where] = number, monotonic() + (KNOWN if number else 0)
     return number or available_cores()
 
 
-def _ask_for_number(ask: Callable[..., dict[str, Any]], queue: str, seconds: float) -> int:
-    queues = ask("active_queues", seconds=seconds)
+def _ask_for_number(app: Celery, queue: str, seconds: float) -> int:
+    queues = _ask(app, "active_queues", seconds=seconds)
     ours = [worker for worker, known in queues.items() if any(each["name"] == queue for each in known)]
     if not ours:
         return 0
-    return sum(int((each.get("pool") or {}).get("max-concurrency", 1)) for each in ask("stats", ours).values())
+    return sum(int((each.get("pool") or {}).get("max-concurrency", 1)) for each in _ask(app, "stats", ours).values())
 
 
-def _ask(
-    app: Celery, connection: Any, command: str, workers: list[str] | None = None, *, seconds: float = ASKS
-) -> dict[str, Any]:
+def _ask(app: Celery, command: str, workers: list[str] | None = None, *, seconds: float = ASKS) -> dict[str, Any]:
     """Return what workers answer, by their names: those that are named; or all, each of which may take so long."""
     control = _control_of(app)
-    told = control.broadcast(command, destination=workers, reply=True, timeout=seconds, connection=connection)
+    # One for each question: over Redis one that has listened goes on for a second before it can do so elsewhere.
+    with app.connection_for_write() as connection:
+        told = control.broadcast(command, destination=workers, reply=True, timeout=seconds, connection=connection)
     return {worker: answer for each in told or () for worker, answer in each.items()}
 
 
