@@ -8,6 +8,7 @@ into, and rejects nothing; what fails again, or is more than a few tests, does.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +26,7 @@ def main(cache: str) -> int:
     for turn in range(TIMES):
         print(f"again, {turn + 1} of {TIMES}: {', '.join(failed)}", flush=True)
         command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", *failed]
-        if subprocess.run(command, check=False).returncode:
+        if subprocess.run(command, check=False, env={**os.environ, "PARALLEL_ORM_TESTS": "again"}).returncode:
             return 1
     for test in failed:
         print(f"FLAKY: {test}")

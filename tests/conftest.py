@@ -15,7 +15,7 @@ Of a test with the mark ``pairs`` not all that its parameters make together runs
 enough for each pair of their values; and of databases with executors (``on``), or with
 what else the mark names, all of these on one database, and one on each of the others; but
 those with the mark ``everywhere``.
-``PARALLEL_ORM_TESTS=all`` runs all.
+``PARALLEL_ORM_TESTS=all`` runs all; ``again`` is for a few that are named, which need not be of all kinds.
 
 ``PARALLEL_ORM_TESTS=matrix`` leaves out those with the mark ``once``, which come to the same with every
 version of Python, Django and drivers: pages of the docs, what the tests themselves rely on, programs that are
@@ -102,7 +102,7 @@ class Run:
 
     @pytest.hookimpl(specname="pytest_collection_modifyitems", trylast=True)  # of what was chosen
     def pytest_leave_out(self, config: pytest.Config, items: list[pytest.Function]) -> None:
-        if os.environ.get("PARALLEL_ORM_TESTS") == "all":
+        if os.environ.get("PARALLEL_ORM_TESTS") in ("all", "again"):
             return
         left_out: set[pytest.Item] = set()
         if os.environ.get("PARALLEL_ORM_TESTS") == "matrix":
@@ -157,7 +157,8 @@ class Run:
             terminalreporter.write_line(f"PARALLEL_ORM_REQUIRE: no test ran on {kinds}", red=True)
 
     def _missed(self) -> set[str]:
-        return set() if self._listing else self.databases.required - self.ran
+        is_part = self._listing or os.environ.get("PARALLEL_ORM_TESTS") == "again"
+        return set() if is_part else self.databases.required - self.ran
 
 
 def _asked_for(item: pytest.Item) -> set[str]:
