@@ -56,7 +56,7 @@ __all__ = [
     "test_state_is_for_one_call",
 ]
 
-pytestmark = pytest.mark.pairs
+pytestmark = [pytest.mark.pairs, pytest.mark.once]
 WAIT = 60
 ROOT = Path(__file__).parent.parent
 #: The app that calls use, by its dotted path.

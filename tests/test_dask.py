@@ -26,6 +26,8 @@ from tests.testapp.written import Ship
 distributed = pytest.importorskip("distributed")
 from parallel_orm.executors import dask  # noqa: E402
 
+pytestmark = pytest.mark.once
+
 WAIT = 60
 ROOT = Path(__file__).parent.parent
 
