@@ -484,10 +484,11 @@ class ParallelQuerySet(_Startable, QuerySet[M, Row]):
         :param threads: instead of processes, so many threads of this one, for functions that wait more than compute. No
             more of them work at once than the setting ``CONNECTIONS`` allows.
         :param executor: who does the work: ``"processes"``, ``"threads"``, ``"inline"`` (the caller, on its own
-            connection, in its transaction), a name of the setting ``EXECUTORS``, a dotted path, or any
-            :class:`concurrent.futures.Executor`, whose processes need nothing but to import this package. What is given
-            is not shut down, what is made for the call is. ``processes`` or ``threads`` then tell how many workers it
-            has, where it does not tell itself; they give it no others.
+            connection, in its transaction), ``"dask"`` or ``"celery"`` (workers that somebody else has started), a name
+            of the setting ``EXECUTORS``, a dotted path, or any :class:`concurrent.futures.Executor`, whose processes
+            need nothing but to import this package. What is given is not shut down, what is made for the call is.
+            ``processes`` or ``threads`` then tell how many workers it has, where it does not tell itself; they give it
+            no others.
         :param chunk_size: rows a chunk, always as many. By default 1,000 at first, and then as many as follows from the
             time that the last ones took: at most twice as many each time, at least half, and no more than 10,000.
         :param batched: True: ``fn`` is called once for each chunk, with a list of at most ``chunk_size`` rows, 1,000 by
@@ -530,6 +531,8 @@ class ParallelQuerySet(_Startable, QuerySet[M, Row]):
         :raises parallel_orm.errors.TransactionRefused: in a transaction whose writes the workers could not see.
         :raises parallel_orm.errors.InvalidOption: an argument has a value that cannot be used, or that this executor
             cannot do.
+        :raises parallel_orm.errors.EngineUnavailable: Dask or Celery do not answer, or have no workers.
+        :raises parallel_orm.errors.AnotherWorld: a worker of theirs has another code, settings or database.
 
         Not promised: a snapshot. Chunks are read one after the other; a row that is changed meanwhile comes as it is
         when its chunk is read. Context variables of the caller's own reach threads, but not processes.

@@ -286,7 +286,6 @@ def _make_ready(client: Client, timeout: float) -> None:
 # workers have Django.
 _lock = threading.Lock()
 _clients: dict[object, Client] = {}
-_of_parents: list[dict[object, Client]] = []
 _made_ready: WeakKeyDictionary[Client, str] = WeakKeyDictionary()
 
 
@@ -338,11 +337,10 @@ def _end(client: Client) -> None:
 
 
 def _forget() -> None:
-    """In a forked child: the connections are the parent's, and a client that nobody refers to would close its own."""
-    global _lock, _clients
+    """In a forked child: the connections are the parent's."""
+    global _lock
     _lock = threading.Lock()
-    _of_parents.append(_clients)
-    _clients = {}
+    _clients.clear()
 
 
 atexit.register(end_clients)
