@@ -20,8 +20,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from heapq import heappop, heappush
 from math import ceil
-from statistics import mean, median
-from time import process_time
+from statistics import mean
+from time import perf_counter, process_time
 from typing import Any
 from unittest import mock
 
@@ -371,23 +371,37 @@ def run(databases: dict[str, str], *, rounds: int | None, rows: int | None) -> N
 
 
 def of_rows(alias: str, chunk_size: int, rounds: int) -> dict[str, float]:
-    """Measure what the database and a reader take for a row, and a jump for a chunk: medians."""
+    """Measure what a jump takes, what a row takes of the database, and of who reads it: processor time, of many."""
     from benchmarks.latency import bounds
-    from benchmarks.measure import timed
     from benchmarks.models import Article
 
     queryset = Article.objects.using(alias).order_by("pk")
-    plan = queryset.explain_plan(chunk_size)
-    part = queryset.filter(pk__gt=chunk_size, pk__lte=2 * chunk_size)
-    jumps, queries, readings = [], [], []
-    for _ in range(rounds):
-        number = len(bounds(plan))
-        jumps.append(timed(lambda: bounds(plan))() / number)
-        before = process_time()
-        whole = timed(lambda: list(part.all()))()
-        readings.append((process_time() - before) / chunk_size)
-        queries.append(max(whole / chunk_size - readings[-1], 0.0))
-    return {"jump": median(jumps), "reading": median(readings), "query": median(queries)}
+    plan, server = queryset.explain_plan(chunk_size), server_of(alias)
+    began, served, jumps = process_time(), server(), 0
+    for _ in range(rounds * 5):
+        jumps += len(bounds(plan))
+    jump = (process_time() - began + server() - served) / jumps
+    began, served, rows = process_time(), server(), 0
+    for number in range(rounds * 100_000 // chunk_size):
+        first = number * chunk_size % 100_000
+        rows += len(list(queryset.filter(pk__gt=first, pk__lte=first + chunk_size)))
+    return {"jump": jump, "reading": (process_time() - began) / rows, "query": (server() - served) / rows}
+
+
+def server_of(alias: str) -> Callable[[], float]:
+    """Return what tells the processor seconds that the server has spent for this connection, or that passed for it."""
+    import psutil
+    from django.db import connections
+
+    connection = connections[alias]
+    if connection.vendor == "postgresql":
+        connection.ensure_connection()
+        with connection.connection.cursor() as cursor:  # the driver's own: this says nothing of what is asked later
+            cursor.execute("SELECT pg_backend_pid(), (inet_server_addr() = inet_client_addr()) IS NOT FALSE")
+            process, is_here = cursor.fetchone()
+        if is_here and psutil.pid_exists(process) and "postgres" in psutil.Process(process).name():
+            return lambda: sum(psutil.Process(process).cpu_times()[:2])
+    return lambda: perf_counter() - process_time()  # of another machine, or no process of its own: all but ours
 
 
 def of_a_chunk(alias: str, given: dict[str, Any]) -> dict[str, Any]:
