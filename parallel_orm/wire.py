@@ -127,8 +127,7 @@ class _Writer:
             self._unmade.remove(id(value))
             return {"global": path}
         function, args, state, items, pairs, setter = (*reduced, None, None, None, None)[:6]
-        items, pairs = list(items or ()), list(pairs or ())  # iterators: what they yield lives while it is looked at
-        self._kept += [args, items, pairs, state]
+        items, pairs = list(items or ()), list(pairs or ())  # which are iterators
         made = [self.write(function), self._all(args)]
         self._unmade.remove(id(value))
         made += [self._all(items), [self._all(pair) for pair in pairs], self.write(state), self.write(setter)]

@@ -320,6 +320,15 @@ def test_a_database_is_known_by_the_way_it_is_named_elsewhere(postgres, monkeypa
         del connections[postgres]
 
 
+def test_two_databases_of_one_server_are_two(postgres, monkeypatch):
+    value = value_of("database", postgres)
+    monkeypatch.setitem(connections.settings[postgres], "NAME", "postgres")
+    del connections[postgres]
+    assert value_of("database", postgres) != value
+    monkeypatch.undo()
+    del connections[postgres]
+
+
 def test_a_vendor_that_is_not_known_is_told_by_its_settings(default, monkeypatch):
     monkeypatch.setattr(connections[default], "vendor", "oracle")
     value = value_of("database", default)
