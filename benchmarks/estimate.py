@@ -456,9 +456,9 @@ def measuring(engine: str) -> Iterator[tuple[list[int], list[int]]]:
             messages.append(len(message := write(*args, **kwargs)))
             return message
 
-        def answered(answer: str) -> Any:
+        def answered(answer: str, message: str) -> Any:
             answers.append(len(answer))
-            return read(answer)
+            return read(answer, message)
 
         with mock.patch.object(celery, "message_of", written), mock.patch.object(celery, "answer_of", answered):
             yield messages, answers

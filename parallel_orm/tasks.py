@@ -15,6 +15,6 @@ NAME = "parallel_orm.call"
 )
 def call(self: Any, message: str) -> str:
     """Answer a message of a :class:`parallel_orm.executors.celery.CeleryExecutor`."""
-    from parallel_orm.executors.celery import answer
+    from parallel_orm.executors.messages import answer
 
     return answer(message, is_redelivered=bool((self.request.delivery_info or {}).get("redelivered")))

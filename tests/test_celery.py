@@ -34,7 +34,8 @@ from kombu.exceptions import ChannelError
 
 import parallel_orm
 from parallel_orm import Failure, errors, proof
-from parallel_orm.executors.celery import answer_of, error_of, message_of
+from parallel_orm.executors.celery import error_of
+from parallel_orm.executors.messages import answer_of, message_of
 from tests import celeryapp, functions
 from tests.celeryapp import make_app
 from tests.servers import OwnServer
@@ -449,10 +450,12 @@ def test_a_message_of_a_stranger_is_not_run(on, request, tmp_path):
         with pytest.raises(errors.NotSealed, match="has no seal of this project"):
             fleet.sent(message)
     assert not list(tmp_path.iterdir())
-    assert answer_of(fleet.sent(ours)) == "done"
+    answered = fleet.sent(ours)
+    assert answer_of(answered, ours) == "done"
     assert (tmp_path / "done").exists()
-    with pytest.raises(errors.NotSealed):
-        answer_of(json.dumps({"by_value": False, "answer": "1"}))
+    for answer, message in ((json.dumps({"by_value": False, "answer": "1"}), ours), (answered, theirs)):
+        with pytest.raises(errors.NotSealed):
+            answer_of(answer, message)
 
 
 OTHERS = {
@@ -515,7 +518,7 @@ def test_the_same_message_twice(default, over_redis, tmp_path):
     for each in tmp_path.iterdir():
         each.unlink()
     for message in messages:
-        outcome = answer_of(over_redis.sent(message))
+        outcome = answer_of(over_redis.sent(message), message)
         assert (outcome.error, outcome.rows, outcome.done_before) == (None, 0, 3)
     assert ships.count() == 9
     assert not list(tmp_path.iterdir())
@@ -781,7 +784,8 @@ def test_a_queue_of_its_own(rows, aside):
 def test_within_a_task(rows, on, request):
     """Celery listens less there."""
     fleet = request.getfixturevalue(request.node.callspec.params["on"])
-    assert answer_of(fleet.sent(message_of(celeryapp.map_within, ("default",), {}, by_value=False))) == list(range(10))
+    message = message_of(celeryapp.map_within, ("default",), {}, by_value=False)
+    assert answer_of(fleet.sent(message), message) == list(range(10))
 
 
 @pytest.mark.redis
@@ -825,7 +829,7 @@ def test_eager(rows):
             with pytest.raises(ValueError, match="rank three"):
                 rows.parallel_map(functions.fail_on_three, executor="celery")
             with override_settings(SECRET_KEY="x"), pytest.raises(errors.NotSealed):
-                answer_of(app.tasks["parallel_orm.call"].apply(["nothing"], throw=True).get())
+                app.tasks["parallel_orm.call"].apply(["nothing"], throw=True).get()
 
 
 def test_several_callers(rows, on):

@@ -10,14 +10,10 @@ answer. It is there for the length of a call.
 
 from __future__ import annotations
 
-import json
-import pickle
 import threading
-from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future
 from contextlib import contextmanager, suppress
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, count
@@ -28,12 +24,11 @@ from uuid import uuid4
 
 from django.db import connections
 
-from parallel_orm import errors, wire
+from parallel_orm import errors
 from parallel_orm.chunks import Chunk
-from parallel_orm.options import available_cores, from_settings
-from parallel_orm.outcomes import Outcome, pack_error, packing
-from parallel_orm.parcels import dumps
-from parallel_orm.seals import sealed, unsealed
+from parallel_orm.executors.messages import MOST_BYTES, answer_of, message_of, unless_redelivered
+from parallel_orm.options import available_cores
+from parallel_orm.outcomes import Outcome
 
 try:
     from celery import Celery, current_app, states
@@ -49,8 +44,6 @@ except ImportError as error:
 TIMEOUT = 10.0
 #: Seconds without a sign of life after which it is looked whether anybody is there to do the work.
 PATIENCE = 60.0
-#: The largest answer, as characters: brokers and backends have limits of their own, and say so badly.
-MOST_BYTES = 16 * 2**20
 #: Seconds between two looks for answers: at first, and at most.
 LOOKS, LOOKS_AT_MOST = 0.002, 0.05
 #: Seconds for workers to answer when they are asked who is there.
@@ -304,7 +297,7 @@ class CeleryExecutor(Executor):
         """Learn what became of a call, from what Celery has of it."""
         try:
             if result.state == states.SUCCESS:
-                _land(call.future, answer_of(result.result))
+                _land(call.future, answer_of(result.result, call.message))
             else:
                 _land(call.future, error=error_of(result.result))
         except Exception as error:
@@ -470,25 +463,6 @@ def _control_of(app: Celery) -> Control:
     return control
 
 
-# --- What travels -------------------------------------------------------------------------
-
-
-def message_of(fn: Callable[..., Any], args: Any, kwargs: Any, *, by_value: bool) -> str:
-    """Return a call as a message: JSON; or, ``by_value``, a pickle in it."""
-    call = (fn, args, kwargs)
-    with packing(as_json=not by_value):
-        text = b64encode(dumps(call)).decode() if by_value else wire.written(call)
-    return sealed(json.dumps({"by_value": by_value, "call": text}))
-
-
-def answer_of(answer: str) -> Any:
-    """Return what a worker answered, or raise what it refused the message with."""
-    told = json.loads(unsealed(answer))
-    if "error" in told:
-        raise wire.read(told["error"]).open()
-    return pickle.loads(b64decode(told["answer"])) if told["by_value"] else wire.read(told["answer"])
-
-
 def error_of(result: Any) -> BaseException:
     """Return what Celery tells of a task that did not come to an answer."""
     name = type(result).__name__
@@ -499,47 +473,3 @@ def error_of(result: Any) -> BaseException:
     if name == "NotRegistered":
         return errors.engine_not_ready("Celery", result)
     return result if isinstance(result, BaseException) else errors.RemoteError(name, str(result))
-
-
-# --- Where it is answered -----------------------------------------------------------------
-
-_is_redelivered: ContextVar[bool] = ContextVar("parallel_orm_is_redelivered", default=False)
-
-
-def answer(message: str, *, is_redelivered: bool) -> str:
-    """Do what a message says, in a worker; return the answer, as sealed as the message must be.
-
-    :raises NotSealed: it is of a stranger.
-    """
-    told = json.loads(unsealed(message))
-    try:
-        answered = _answered(told, is_redelivered=is_redelivered)
-    except Exception as error:  # which Celery would bring home without its arguments
-        with packing(as_json=True):
-            answered = {"error": wire.written(pack_error(error))}
-    return sealed(json.dumps(answered))
-
-
-def _answered(told: Mapping[str, Any], *, is_redelivered: bool) -> dict[str, Any]:
-    by_value, known = told["by_value"], from_settings().CELERY
-    if by_value and not known.get("PICKLE"):
-        raise errors.no_pickles_here()
-    with packing(as_json=not by_value):
-        fn, args, kwargs = pickle.loads(b64decode(told["call"])) if by_value else wire.read(told["call"])
-        token = _is_redelivered.set(is_redelivered)
-        try:
-            result = fn(*args, **kwargs)
-        finally:
-            _is_redelivered.reset(token)
-        text = b64encode(dumps(result)).decode() if by_value else wire.written(result)
-    most = known.get("MOST_BYTES", MOST_BYTES)
-    if len(text) > most:
-        raise errors.answer_too_large(len(text), most)
-    return {"by_value": by_value, "answer": text}
-
-
-def unless_redelivered(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-    """Call ``fn``, unless the message of it may have been begun before."""
-    if _is_redelivered.get():
-        raise errors.WorkerDied(None, None)
-    return fn(*args, **kwargs)

@@ -1,0 +1,89 @@
+"""A call as text, and its answer: how they travel through engines whose messages are JSON.
+
+Both are sealed, and an answer names the message that it is of: one of yesterday is no answer to today's.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from base64 import b64decode, b64encode
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+from hashlib import sha256
+from typing import Any
+
+from parallel_orm import errors, wire
+from parallel_orm.options import from_settings
+from parallel_orm.outcomes import pack_error, packing
+from parallel_orm.parcels import dumps
+from parallel_orm.seals import sealed, unsealed
+
+#: The largest answer, as characters: brokers and backends have limits of their own, and say so badly.
+MOST_BYTES = 16 * 2**20
+
+_is_redelivered: ContextVar[bool] = ContextVar("parallel_orm_is_redelivered", default=False)
+
+
+def message_of(fn: Callable[..., Any], args: Any, kwargs: Any, *, by_value: bool) -> str:
+    """Return a call as a message: JSON; or, ``by_value``, a pickle in it."""
+    call = (fn, args, kwargs)
+    with packing(as_json=not by_value):
+        text = b64encode(dumps(call)).decode() if by_value else wire.written(call)
+    return sealed(json.dumps({"by_value": by_value, "call": text}))
+
+
+def answer_of(answer: str, message: str) -> Any:
+    """Return what a worker answered to a message, or raise what it refused that with.
+
+    :raises NotSealed: it is of a stranger, or to another message.
+    """
+    told = json.loads(unsealed(answer))
+    if told["to"] != _name_of(message):
+        raise errors.not_sealed()
+    if "error" in told:
+        raise wire.read(told["error"]).open()
+    return pickle.loads(b64decode(told["answer"])) if told["by_value"] else wire.read(told["answer"])
+
+
+def answer(message: str, *, is_redelivered: bool) -> str:
+    """Do what a message says, in a worker; return the answer, as sealed as the message must be.
+
+    :raises NotSealed: it is of a stranger.
+    """
+    told = json.loads(unsealed(message))
+    try:
+        answered = _answered(told, is_redelivered=is_redelivered)
+    except Exception as error:  # which Celery would bring home without its arguments
+        with packing(as_json=True):
+            answered = {"error": wire.written(pack_error(error))}
+    return sealed(json.dumps({"to": _name_of(message), **answered}))
+
+
+def _name_of(message: str) -> str:
+    return sha256(message.encode()).hexdigest()
+
+
+def _answered(told: Mapping[str, Any], *, is_redelivered: bool) -> dict[str, Any]:
+    by_value, known = told["by_value"], from_settings().CELERY
+    if by_value and not known.get("PICKLE"):
+        raise errors.no_pickles_here()
+    with packing(as_json=not by_value):
+        fn, args, kwargs = pickle.loads(b64decode(told["call"])) if by_value else wire.read(told["call"])
+        token = _is_redelivered.set(is_redelivered)
+        try:
+            result = fn(*args, **kwargs)
+        finally:
+            _is_redelivered.reset(token)
+        text = b64encode(dumps(result)).decode() if by_value else wire.written(result)
+    most = known.get("MOST_BYTES", MOST_BYTES)
+    if len(text) > most:
+        raise errors.answer_too_large(len(text), most)
+    return {"by_value": by_value, "answer": text}
+
+
+def unless_redelivered(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    """Call ``fn``, unless the message of it may have been begun before."""
+    if _is_redelivered.get():
+        raise errors.WorkerDied(None, None)
+    return fn(*args, **kwargs)
