@@ -26,6 +26,7 @@ import kombu
 import psutil
 import pytest
 from amqp.exceptions import NotFound
+from celery import _state
 from celery.exceptions import NotRegistered, TimeLimitExceeded
 from celery.signals import after_task_publish
 from django.db import connections
@@ -62,6 +63,13 @@ WAIT = 60
 ROOT = Path(__file__).parent.parent
 #: The app that calls use, by its dotted path.
 APP: Any = None
+
+
+@pytest.fixture(autouse=True)
+def _no_app_is_current():
+    """A task that runs here, as eager ones do, makes its app the current one of this thread, for all tests behind it."""
+    yield
+    _state._tls.current_app = None
 
 
 @dataclass
