@@ -67,9 +67,10 @@ APP: Any = None
 
 @pytest.fixture(autouse=True)
 def _no_app_is_current():
-    """A task that runs here, as eager ones do, makes its app the current one of this thread, for all tests behind it."""
+    """Apps that are made or used here become those of this process, of whoever names none, for all tests behind it."""
+    before = _state.default_app
     yield
-    _state._tls.current_app = None
+    _state._tls.current_app, _state.default_app = None, before
 
 
 @dataclass
