@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from time import perf_counter, thread_time
+from types import MemberDescriptorType
 from typing import TYPE_CHECKING, Any
 
 import cloudpickle
@@ -79,7 +80,7 @@ class Bare:
 
     @classmethod
     def of(cls, error: BaseException) -> Bare:
-        return cls(type(error), error.args, error.__dict__, slots_of(error))
+        return cls(type(error), error.args, error.__dict__, slots_of(error) | members_of(error))
 
 
 def unfold(form: Any) -> Any:
@@ -99,6 +100,21 @@ def slots_of(error: BaseException) -> dict[str, Any]:
     return state[1] if isinstance(state, tuple) else {}
 
 
+#: What is compared by value: anything else may see itself otherwise.
+_PLAIN = (str, bytes, int, float, bool, type(None))
+
+
+def members_of(error: BaseException) -> dict[str, Any]:
+    """Return what Python's own exceptions have beside their arguments, such as ``StopIteration.value``, if it is plain.
+
+    Their ``__init__`` sets it, which a reducer that a library has given to all exceptions may not call: Dask does that.
+    """
+    kinds = [kind for kind in type(error).__mro__ if kind.__module__ == "builtins" and kind is not BaseException]
+    names = [name for kind in kinds for name, each in vars(kind).items() if isinstance(each, MemberDescriptorType)]
+    found = {name: getattr(error, name, None) for name in names}
+    return {name: value for name, value in found.items() if value is not None and isinstance(value, _PLAIN)}
+
+
 def alike(arrived: object, error: BaseException) -> bool:
     """Tell whether an exception came through as it was: its type, and its arguments as far as they can be compared."""
     if type(arrived) is not type(error) or not isinstance(arrived, BaseException):
@@ -107,8 +123,8 @@ def alike(arrived: object, error: BaseException) -> bool:
     if slots.keys() != arrived_slots.keys():
         return False
     pairs = [*zip(arrived.args, error.args, strict=True), *((arrived_slots[name], slots[name]) for name in slots)]
-    plain = (str, bytes, int, float, bool, type(None))
-    return all(type(there) is type(here) and (not isinstance(here, plain) or there == here) for there, here in pairs)
+    pairs += [(getattr(arrived, name, None), value) for name, value in members_of(error).items()]
+    return all(type(there) is type(here) and (not isinstance(here, _PLAIN) or there == here) for there, here in pairs)
 
 
 @contextmanager

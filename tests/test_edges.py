@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 import pickle
 import threading
 
@@ -61,6 +62,26 @@ def test_an_exception_whose_text_fails_still_arrives():
     arrived = pack_error(Mute(1)).open()
     assert isinstance(arrived, errors.RemoteError)
     assert "could not be made" in str(arrived)
+
+
+def without_init(kind, args):
+    error = kind.__new__(kind)
+    error.args = args
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "name"),
+    [(StopIteration("rank"), "value"), (OSError(2, "gone", "file"), "filename"), (SystemExit(3), "code")],
+    ids=repr,
+)
+def test_exceptions_whose_reducer_a_library_has_replaced(monkeypatch, error, name):
+    """As Dask does for all of them: what only ``__init__`` sets comes through."""
+    monkeypatch.setitem(copyreg.dispatch_table, type(error), lambda error: (without_init, (type(error), error.args)))
+    arrived = pack_error(error).open()
+    assert (type(arrived), arrived.args) == (type(error), error.args)
+    assert getattr(arrived, name) == getattr(error, name)
+    assert str(arrived) == str(error)
 
 
 BAD_SETTINGS = [

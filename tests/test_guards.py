@@ -37,7 +37,7 @@ QUERYSETS = {
 def test_joins_are_seen_at_a_glance(default, monkeypatch, name):
     at_a_glance, make = QUERYSETS[name]
     rows = make()
-    assert guards._is_of_one_table(rows) is at_a_glance
+    assert guards.is_of_one_table(rows) is at_a_glance
     seen = guards.joins_of(rows)
-    monkeypatch.setattr(guards, "_is_of_one_table", lambda rows: False)
+    monkeypatch.setattr(guards, "is_of_one_table", lambda rows: False)
     assert guards.joins_of(rows) == seen
