@@ -181,7 +181,7 @@ def wait_until(is_there: Callable[[], bool], process: subprocess.Popen[bytes], n
     until = monotonic() + 60
     while not is_there():
         if process.poll() is not None or monotonic() > until:
-            sys.exit(f"{name} does not start.")
+            sys.exit(f"{name} does not start; it ended with {process.poll()}.")
         sleep(0.05)
 
 
