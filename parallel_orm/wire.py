@@ -93,7 +93,7 @@ class _Writer:
             return {"tuple": self._all(value)}
         if kind is frozenset:
             return {"frozenset": self._all(value)}
-        if isinstance(value, _NAMED) and not (kind is types.BuiltinFunctionType and _is_bound(value)):
+        if isinstance(value, _NAMED) and not _is_bound(value):
             return {"name": path_of(value)}
         if id(value) in self._numbers:
             if id(value) in self._unmade:
@@ -137,8 +137,8 @@ class _Writer:
 
 
 def _is_bound(value: Any) -> bool:
-    """Tell whether a builtin function is the method of an object or a class."""
-    owner = getattr(value, "__self__", None)
+    """Tell whether it is a builtin function, and the method of an object or a class."""
+    owner = getattr(value, "__self__", None) if isinstance(value, types.BuiltinFunctionType) else None
     return owner is not None and not isinstance(owner, types.ModuleType)
 
 

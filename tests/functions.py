@@ -168,6 +168,10 @@ def email_backend(row: Any) -> str:
     return str(settings.EMAIL_BACKEND)
 
 
+def date_format(row: Any) -> str:
+    return str(settings.DATE_FORMAT)
+
+
 def raise_missing(row: Any) -> None:
     Article.objects.using(row._state.db).get(pk=-1)
 

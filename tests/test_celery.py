@@ -737,7 +737,7 @@ def test_the_caller_is_killed(rows, on, request, tmp_path):
 
 
 def test_a_stream_that_is_left(rows, on, request, tmp_path):
-    """What nobody has begun is not begun any more."""
+    """What no worker has taken is not begun any more; of what they have, each process has one at hand."""
     fleet = request.getfixturevalue(request.node.callspec.params["on"])
     stream = rows.parallel_imap(partial(celeryapp.first_passes, folder=str(tmp_path)), 2, chunk_size=1, **on)
     with stream:
@@ -747,7 +747,8 @@ def test_a_stream_that_is_left(rows, on, request, tmp_path):
     (tmp_path / "open").touch()
     queue = Queue(fleet, fleet.queue)
     until(lambda: not len(queue) and not fleet.at_work(), "something runs still")
-    assert sorted(each.name for each in tmp_path.iterdir()) == ["begun 0", "begun 1", "begun 2", "open"]
+    names = {each.name for each in tmp_path.iterdir()}
+    assert {"begun 0", "begun 1", "begun 2", "open"} <= names <= {*(f"begun {n}" for n in range(5)), "open"}
 
 
 def test_ctrl_c(rows, over_redis, tmp_path):

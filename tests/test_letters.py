@@ -111,11 +111,11 @@ def test_a_letter_is_opened_once(default, by_value):
 
 @both
 def test_language_and_time_zone_are_in_it_and_no_settings(default, by_value):
-    with translation.override("de"), timezone.override("Europe/Berlin"), override_settings(EMAIL_BACKEND="theirs"):
-        letter = letter_of(job(default, functions.email_backend), by_value=by_value)
+    with translation.override("de"), timezone.override("Europe/Berlin"), override_settings(DATE_FORMAT="theirs"):
+        letter = letter_of(job(default, functions.date_format), by_value=by_value)
     opened = letter.open()
     assert opened.capsule.run(functions.neighbourhood, None) == ("de", "Europe/Berlin")
-    assert opened.capsule.run(functions.email_backend, None) == settings.EMAIL_BACKEND != "theirs"
+    assert opened.capsule.run(functions.date_format, None) == settings.DATE_FORMAT != "theirs"
 
 
 class Opened:
@@ -156,7 +156,7 @@ def test_secrets_are_not_in_it(default, by_value, monkeypatch):
     """In what goes to processes of ours, which are made like the caller, they are."""
     monkeypatch.setitem(connections.settings[default], "PASSWORD", PASSWORD)
     with override_settings(SECRET_KEY=SECRET):
-        written = job(default, functions.email_backend)
+        written = job(default, functions.date_format)
         letter = letter_of(written, by_value=by_value)
         told, data = content_of(letter)
         parcel = Parcel.of(written)
@@ -273,26 +273,32 @@ class NewPython:
         major, minor = 3, 99
 
 
+def forgotten(alias):
+    """Have the connection made anew, by what the settings say now."""
+    connections[alias].close()
+    del connections[alias]
+
+
 def test_another_database(default, other, monkeypatch):
     """Not what it is called there, but which it is."""
     told = claimed(default)
     monkeypatch.setitem(connections.settings[default], "NAME", connections.settings[other]["NAME"])
-    del connections[default]
+    forgotten(default)
     with pytest.raises(errors.AnotherWorld) as caught:
         refuse_another_world(told)
     monkeypatch.undo()
-    del connections[default]
+    forgotten(default)
     assert caught.value.differences == ["the database default is another"]
 
 
 def test_a_database_that_is_not_there(default, tmp_path, monkeypatch):
     told = claimed(default)
     monkeypatch.setitem(connections.settings[default], "NAME", str(tmp_path / "none"))
-    del connections[default]
+    forgotten(default)
     with pytest.raises(errors.AnotherWorld, match="the database default is not there"):
         refuse_another_world(told)
     monkeypatch.undo()
-    del connections[default]
+    forgotten(default)
     with pytest.raises(errors.AnotherWorld, match="the database nowhere is not there"):
         refuse_another_world([("database", "nowhere", "x")])
     assert not (tmp_path / "none").exists()
@@ -313,20 +319,20 @@ def test_a_database_is_known_by_the_way_it_is_named_elsewhere(postgres, monkeypa
     value = value_of("database", postgres)
     if connections.settings[postgres]["HOST"] == "127.0.0.1":
         monkeypatch.setitem(connections.settings[postgres], "HOST", "localhost")
-        del connections[postgres]
+        forgotten(postgres)
         assert value_of("database", postgres) == value
         connections[postgres].close()
         monkeypatch.undo()
-        del connections[postgres]
+        forgotten(postgres)
 
 
 def test_two_databases_of_one_server_are_two(postgres, monkeypatch):
     value = value_of("database", postgres)
     monkeypatch.setitem(connections.settings[postgres], "NAME", "postgres")
-    del connections[postgres]
+    forgotten(postgres)
     assert value_of("database", postgres) != value
     monkeypatch.undo()
-    del connections[postgres]
+    forgotten(postgres)
 
 
 def test_a_vendor_that_is_not_known_is_told_by_its_settings(default, monkeypatch):

@@ -157,11 +157,13 @@ def others_connected(alias):
 def _nothing_is_left(alias, _taught):
     """After each test: every thread serves again, none is missing, and no connection is open."""
     yield
-    all_threads_free()
-    drained()
-    until(lambda: others_connected(alias) == 0, "a connection was left open")
-    assert not lender._out[alias]
-    asker.close()
+    try:
+        all_threads_free()
+        drained()
+        until(lambda: others_connected(alias) == 0, "a connection was left open")
+        assert not lender._out[alias]
+    finally:
+        asker.close()  # else the next test asks the server of this one
 
 
 @pytest.fixture
