@@ -179,6 +179,11 @@ def tasks_of(client):
     return client.run_on_scheduler(find)
 
 
+def held_by(client):
+    """Return how many tasks the workers have: at work, or queued there already."""
+    return sum(client.run(lambda dask_worker: len(dask_worker.state.tasks)).values())
+
+
 def test_what_is_no_client(articles):
     with threads_of_dask(1) as client, pytest.raises(errors.InvalidOption, match=r"give cluster\.get_client"):
         articles.parallel_map(functions.rank, executor=client.cluster)
@@ -346,10 +351,9 @@ def test_what_was_not_begun_is_not_begun_when_the_loop_is_left(articles, threads
         assert next(stream) == 0
         gate.wait_for(3)  # two wait, and some are queued
     until(lambda: not tasks_of(threads), message="the scheduler forgets them")
-    held = lambda: sum(threads.run(lambda dask_worker: len(dask_worker.state.tasks)).values())  # noqa: E731
-    until(lambda: held() <= 2, message="so do the workers")
+    until(lambda: held_by(threads) <= 2, message="so do the workers")
     gate.opened.set()
-    until(lambda: held() == 0, message="what was begun ends")
+    until(lambda: held_by(threads) == 0, message="what was begun ends")
     assert len(gate.begun) == 3
 
 
@@ -359,6 +363,7 @@ def test_a_call_that_is_cancelled_is_not_begun(threads, gate):
     gate.wait_for(2)
     assert futures[2].cancel()
     until(lambda: len(tasks_of(threads)) == 2, message="the scheduler forgets it")
+    until(lambda: held_by(threads) == 2, message="so does the worker, which may have had it queued")
     gate.opened.set()
     assert [future.result(WAIT) for future in futures[:2]] == [1, 2]
     assert sorted(gate.begun) == [1, 2]
