@@ -125,8 +125,8 @@ def _extreme(expression: Any, kind: str | None, vendor: str, comparison: Callabl
 
     def wholes(groups: Sequence[Sequence[tuple[Any, ...]]]) -> list[Any]:
         there = [[value for value, *_ in answers if value is not None] for answers in groups]
-        several = {value for values in there if len(values) > 1 for value in values}
-        keys = comparison().keys(list(several)) if several else {}
+        several = [value for values in there if len(values) > 1 for value in values]
+        keys = comparison().keys(several) if several else {}  # which are refused before they are looked up: JSON's
         return [outer(values, key=keys.get, default=None) for values in there]
 
     return Recombined((_same(aggregate, expression),), lambda answers: wholes([answers])[0], wholes)

@@ -323,6 +323,22 @@ def test_aggregate_by_its_own_name(both):
     same(both, lambda rows: rows.aggregate(Sum("number"), Max("amount")))
 
 
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda rows: rows.aggregate(Max("notes")),
+        lambda rows: list(rows.values("number").annotate(most=Max("notes"))),
+    ],
+    ids=["aggregate", "groups"],
+)
+def test_extremes_of_json(both, ask):
+    """They cannot be compared, nor even be hashed."""
+    if connections[both[0].db].vendor == "postgresql":
+        pytest.skip("has none")
+    with pytest.raises(errors.UnsupportedQuerySet, match="is a JSONField, which Python does not compare"):
+        ask(both[1])
+
+
 @pytest.mark.parametrize("asked", AGGREGATES.values(), ids=AGGREGATES)
 def test_groups(both, asked):
     """The groups of all databases become those of one, in any shape and order."""
