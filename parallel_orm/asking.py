@@ -33,7 +33,7 @@ class Question:
     """What several databases are asked, and what is made of their answers."""
 
     verb: str
-    #: Of each database what is asked, and how.
+    #: Of each database what is asked, a queryset of this question's own, and how.
     parts: Mapping[str, tuple[Rows, Work]]
     #: Makes one answer of those that there are, by alias.
     join: Callable[[Mapping[str, Any]], Any]
@@ -52,7 +52,7 @@ class Question:
         try:
             for alias, (rows, work) in self.parts.items():
                 stay = "empty" if rows.query.is_empty() else None
-                started[alias] = start_read(self.verb, plan_whole(rows, work), self.timeout, stay)
+                started[alias] = start_read(self.verb, plan_whole(rows, work, is_own=True), self.timeout, stay)
         except BaseException:
             for pending in started.values():
                 pending.cancel()

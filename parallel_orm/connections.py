@@ -22,6 +22,7 @@ from typing import Any
 
 from django.db import connections
 from django.db.backends.base.base import BaseDatabaseWrapper
+from django.db.backends.signals import connection_created
 
 from parallel_orm.forks import gate
 from parallel_orm.options import from_settings
@@ -65,11 +66,14 @@ class Lender:
         self._out: Counter[str] = Counter()
 
     @contextmanager
-    def lent(self, alias: str, session: Session = NOTHING, *, reading: bool = False) -> Iterator[BaseDatabaseWrapper]:
+    def lent(
+        self, alias: str, session: Session = NOTHING, *, reading: bool = False, in_own_thread: bool = False
+    ) -> Iterator[BaseDatabaseWrapper]:
         """Within: ``connections[alias]`` of this thread is one of ours, counted, open or opened at first use.
 
         It has the session of the caller, for the length of this. Waits while the budget of the alias is used up. What
-        the thread opened beside it (a router, a prefetch over another alias) is given back too.
+        the thread opened beside it (a router, a prefetch over another alias) is given back too. A thread of our own
+        has none but what it is lent, as a rule, so that nobody need look for others.
 
         :raises SessionNotRestored: the session cannot be had on it.
         """
@@ -80,7 +84,8 @@ class Lender:
         try:
             with gate if reading else nullcontext():  # nobody sees that who forks
                 self._lent.depth = self._depth() + 1
-                own = take_out()
+                own = take_out() if _opened.any or not in_own_thread else []
+                _opened.any = False
                 wrapper = self._take(alias, session.lasting)
                 connections[alias] = wrapper
                 try:
@@ -93,10 +98,14 @@ class Lender:
                         discard(wrapper)
                     with self._lock:
                         self._out[alias] -= 1
-                    for other in take_out():
+                    is_alone = in_own_thread and not _opened.any and connections[alias] is wrapper
+                    if is_alone:
+                        del connections[alias]
+                    for other in [wrapper] if is_alone else take_out():
                         self._put(other, session.lasting if other is wrapper else frozenset())
                     for other in own:
                         connections[other.alias] = other
+                    _opened.any = bool(own)
         finally:
             self._lent.depth -= 1
             if budget is not None:
@@ -229,6 +238,22 @@ class Lender:
             with suppress(RuntimeError):  # no new threads while the interpreter ends, which closes them too
                 sweeper.start()
                 self._sweeper = sweeper
+
+
+class _Opened(threading.local):
+    #: Whether a connection may have been opened in this thread since all of its were taken out. (To look at each alias
+    #: takes as long as to lend a connection does else.)
+    any = True
+
+
+_opened = _Opened()
+
+
+def _note_opened(**_: Any) -> None:
+    _opened.any = True
+
+
+connection_created.connect(_note_opened, dispatch_uid="parallel_orm.connections")
 
 
 def _fixed(settings: dict[str, Any]) -> dict[str, Any]:

@@ -369,11 +369,13 @@ def bare(queryset: Rows, alias: str) -> Rows:
     return QuerySet(queryset.model, query=query, using=alias)
 
 
-def plan_whole(queryset: Rows, work: Work) -> Task:
-    """Plan what needs no cut, one query for the queryset as it is: a single task."""
+def plan_whole(queryset: Rows, work: Work, *, is_own: bool = False) -> Task:
+    """Plan what needs no cut, one query for the queryset as it is: a single task. Of a copy, unless it is nobody else's
+    already.
+    """
     alias = queryset.db
     guards.refuse_unknown(alias)
-    return Task(Job(at(queryset, alias), work), cutting.whole(alias))
+    return Task(Job(queryset if is_own else at(queryset, alias), work), cutting.whole(alias))
 
 
 def plan_walk(queryset: Rows, options: Options, verb: str = "chunked_iterator") -> Plan:

@@ -40,9 +40,9 @@ Rows = QuerySet[Any, Any]
 
 @dataclass(frozen=True)
 class Fan:
-    """One queryset, as each of several databases is asked for it."""
+    """One queryset, as each of several databases is asked one question of it."""
 
-    #: The queryset without its limits, on each database.
+    #: The queryset without its limits, on each database: nobody else's.
     querysets: Mapping[str, Rows]
     low: int = 0
     high: int | None = None
@@ -255,12 +255,10 @@ class Fan:
     # --- What they have in common -------------------------------------------------------
 
     def limited(self, queryset: Rows) -> Rows:
-        """Return as much of a database's rows as a slice may have."""
-        if self.high is None:
-            return queryset
-        rows = queryset.all()
-        rows.query.set_limits(high=self.high)
-        return rows
+        """Have as much of a database's rows as a slice may have."""
+        if self.high is not None:
+            queryset.query.set_limits(high=self.high)
+        return queryset
 
     def refuse_what_has_no_chunks(self, verb: str) -> None:
         """Refuse what is not made of the rows that each database has of it."""

@@ -342,7 +342,7 @@ class Read:
         outcome, is_refused = None, False
         began = perf_counter()
         try:
-            with as_worker(), lender.lent(self.alias, self.session, reading=True) as wrapper:
+            with as_worker(), lender.lent(self.alias, self.session, reading=True, in_own_thread=True) as wrapper:
                 with suppress(Exception):
                     wrapper.ensure_connection()
                 _under_way.add(self)

@@ -39,7 +39,7 @@ from parallel_orm.queryset import fill_cache
 from parallel_orm.watch import watch_of
 from tests.asynchronous import run as run_async
 from tests.testapp.models import Article, Author
-from tests.threads import submit
+from tests.threads import all_done, submit
 
 WAIT = 30
 
@@ -545,6 +545,28 @@ def test_an_observer_that_ends_its_thread(default, busy):
         landed(pending)
     finally:
         events.finished.disconnect(leave)
+
+
+def test_a_connection_that_an_observer_opened_stays_its_thread_s(default):
+    """A read of the same thread is lent another one, and leaves that where it was."""
+    seen = []
+
+    def look(event, **_):
+        with connections[default].cursor() as cursor:
+            cursor.execute("SELECT 1")
+        seen.append(connections[default])
+
+    events.finished.connect(look)
+    try:
+        with override_settings(PARALLEL_ORM={"THREADS": 1}):
+            for _ in range(3):
+                landed(Article.objects.using(default).start_fetch().background["fetch"])
+                all_done()
+            submit(connections.close_all).result(WAIT)
+    finally:
+        events.finished.disconnect(look)
+    assert len(seen) == 3
+    assert len(set(map(id, seen))) == 1
 
 
 def test_an_exception_that_takes_no_notes(articles, monkeypatch):
