@@ -57,8 +57,8 @@ class DjangoWorker(WorkerPlugin):  # type: ignore[misc]
 class DaskExecutor(Executor):
     """Sends calls to the workers of a cluster; functions and results are pickled, as Dask does.
 
-    A call that was cancelled is not begun, unless a worker begins it before it hears of that; one that was begun goes on
-    to its end, and nobody hears of it.
+    A call that was cancelled is not begun, unless a worker was about to. One that was begun goes on to its end, and
+    nobody hears of it.
     """
 
     #: Whether a call that takes too long can be ended. Dask's workers are not ours to kill.
