@@ -51,7 +51,7 @@ def memory(databases: dict[str, str], *, rounds: int | None, rows: int | None) -
         if "Celery" in knobs:
             from parallel_orm.executors.celery import SENT, CeleryExecutor, _land
 
-            with mock.patch.object(CeleryExecutor, "_send", lambda self, call: _land(call.future, SENT)):
+            with mock.patch.object(CeleryExecutor, "_send", lambda self, call, *_: _land(call.future, SENT)):
                 grow(queryset, rows, "nobody, who answers at once", knobs["Celery"])
         for name, given in knobs.items():
             grow(queryset, rows, name, given)
