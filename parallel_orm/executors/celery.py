@@ -66,6 +66,7 @@ class Setup:
     pickle: bool = False
     timeout: float = TIMEOUT
     patience: float = PATIENCE
+    #: Of the workers, who read the setting themselves.
     most_bytes: int = MOST_BYTES
     number: int | None = None
     #: Whether what was sent is waited for, whatever happens.

@@ -27,9 +27,8 @@ _is_redelivered: ContextVar[bool] = ContextVar("parallel_orm_is_redelivered", de
 
 def message_of(fn: Callable[..., Any], args: Any, kwargs: Any, *, by_value: bool) -> str:
     """Return a call as a message: JSON; or, ``by_value``, a pickle in it."""
-    call = (fn, args, kwargs)
     with packing(as_json=not by_value):
-        text = b64encode(dumps(call)).decode() if by_value else wire.written(call)
+        text = _text((fn, args, kwargs), by_value=by_value)
     return sealed(json.dumps({"by_value": by_value, "call": text}))
 
 
@@ -43,7 +42,7 @@ def answer_of(answer: str, message: str) -> Any:
         raise errors.not_sealed()
     if "error" in told:
         raise wire.read(told["error"]).open()
-    return pickle.loads(b64decode(told["answer"])) if told["by_value"] else wire.read(told["answer"])
+    return _value(told["answer"], by_value=told["by_value"])
 
 
 def answer(message: str, *, is_redelivered: bool) -> str:
@@ -60,6 +59,14 @@ def answer(message: str, *, is_redelivered: bool) -> str:
     return sealed(json.dumps({"to": _name_of(message), **answered}))
 
 
+def _text(value: Any, *, by_value: bool) -> str:
+    return b64encode(dumps(value)).decode() if by_value else wire.written(value)
+
+
+def _value(text: str, *, by_value: bool) -> Any:
+    return pickle.loads(b64decode(text)) if by_value else wire.read(text)
+
+
 def _name_of(message: str) -> str:
     return sha256(message.encode()).hexdigest()
 
@@ -69,13 +76,13 @@ def _answered(told: Mapping[str, Any], *, is_redelivered: bool) -> dict[str, Any
     if by_value and not known.get("PICKLE"):
         raise errors.no_pickles_here()
     with packing(as_json=not by_value):
-        fn, args, kwargs = pickle.loads(b64decode(told["call"])) if by_value else wire.read(told["call"])
+        fn, args, kwargs = _value(told["call"], by_value=by_value)
         token = _is_redelivered.set(is_redelivered)
         try:
             result = fn(*args, **kwargs)
         finally:
             _is_redelivered.reset(token)
-        text = b64encode(dumps(result)).decode() if by_value else wire.written(result)
+        text = _text(result, by_value=by_value)
     most = known.get("MOST_BYTES", MOST_BYTES)
     if len(text) > most:
         raise errors.answer_too_large(len(text), most)
