@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -141,12 +142,15 @@ class PendingAcross(Pending):
         until = None if timeout is None else monotonic() + timeout
         told: SimpleQueue[Pending] = SimpleQueue()
         waiting = set(self._members.values())
+        enough = threading.Event()
 
         def tell(pending: Pending) -> None:
             # In the thread that brings it. To be woken for each takes about as long as a quick query.
-            if pending.done() and not self._knows_enough(pending):
+            if pending.done():
                 waiting.discard(pending)
-                if waiting:
+                if not enough.is_set() and self._knows_enough(pending):
+                    enough.set()
+                elif waiting:
                     return
             told.put(pending)
 
@@ -157,11 +161,11 @@ class PendingAcross(Pending):
                 if not pending._read.is_about_to_begin and self._question.timeout is None:
                     pending._read.settle(wait=False)  # whoever needs it runs it
                 if pending.done():
-                    if self._knows_enough(pending):
-                        return
                     waiting.discard(pending)
-            if not waiting:
-                return
+                    if self._knows_enough(pending):
+                        enough.set()
+            if enough.is_set() or not waiting:
+                break
             patience = LOOKS_EVERY if until is None else min(LOOKS_EVERY, until - monotonic())
             try:
                 pending = told.get(timeout=max(patience, 0.0))
@@ -172,6 +176,10 @@ class PendingAcross(Pending):
             if not pending.done():  # no thread could: its connection, or its session
                 pending._read.settle(wait=False)
                 pending._read.when_tried(partial(tell, pending))
+        until = monotonic() + GRACE
+        while waiting and (patience := until - monotonic()) > 0:
+            with suppress(Empty):
+                told.get(timeout=patience)
 
     def _knows_enough(self, pending: Pending) -> bool:
         """Tell whether the others need not answer any more, after one that is done."""
@@ -183,13 +191,13 @@ class PendingAcross(Pending):
     def _may_be_missing(self, error: Any) -> bool:
         return self._question.partial and isinstance(error, Error | errors.DeadlineExceeded)
 
-    def _join(self) -> None:
-        """Make one answer of what is known. What is not needed any more is cancelled."""
+    def _join(self, grace: float = 0.0) -> None:
+        """Make one answer of what is known, so many seconds from now. What is not needed any more is cancelled."""
         self._asked = True
         answers: dict[str, Any] = {}
         missing: dict[str, BaseException] = {}
         first: BaseException | None = None
-        until = monotonic() + GRACE
+        until = monotonic() + grace
         for pending in self._members.values():
             with suppress(TimeoutError):
                 pending._read.landed.result(max(0.0, until - monotonic()))
@@ -232,7 +240,7 @@ class PendingAcross(Pending):
             finally:
                 for wait in waits:
                     wait.cancel()
-            await sync_to_async(self._join)()
+            await sync_to_async(self._join)(GRACE)
         return self.result()
 
     async def _arrived(self) -> None:
