@@ -35,7 +35,7 @@ from kombu.exceptions import ChannelError
 
 import parallel_orm
 from parallel_orm import Failure, errors, proof
-from parallel_orm.executors.celery import error_of
+from parallel_orm.executors.celery import CeleryExecutor, error_of
 from parallel_orm.executors.messages import answer_of, message_of
 from tests import celeryapp, functions
 from tests.celeryapp import make_app
@@ -496,6 +496,15 @@ def test_a_worker_of_another_world_does_nothing(rows, over_redis, other, tmp_pat
         rows.parallel_map(partial(celeryapp.mark, folder=str(tmp_path)), executor="celery")
     assert "elsewhere" not in str(caught.value)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("verb", ["parallel_map", "parallel_each"])
+def test_a_mistake_of_the_thread_that_sends_and_hears(rows, over_redis, monkeypatch, verb):
+    """Nobody waits for ever for what it would have brought."""
+    monkeypatch.setattr(CeleryExecutor, "_revoke", lambda self, calls, connection: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        getattr(rows, verb)(functions.rank, executor="celery", chunk_size=1)
 
 
 def test_a_function_that_is_not_there(rows, over_redis, monkeypatch):

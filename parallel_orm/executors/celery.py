@@ -134,6 +134,8 @@ class CeleryExecutor(Executor):
         self._count, self._latest = count(1), 0
         self._ready: Future[None] = Future()
         self._courier = threading.Thread(target=self._run, name="parallel_orm-courier", daemon=True)
+        #: What ended the courier before its time.
+        self._failed: BaseException | None = None
 
     def connect(self) -> None:
         """Have the courier begin.
@@ -167,6 +169,8 @@ class CeleryExecutor(Executor):
         if self._setup.waits or not self.supports_answers:
             call.future.set_running_or_notify_cancel()
         self._inbox.put(call)
+        if self._failed is not None:
+            self._fail(self._failed)
         return call.future
 
     def once(self, fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -184,16 +188,31 @@ class CeleryExecutor(Executor):
     def _run(self) -> None:
         try:
             with self._app.connection_for_write(connect_timeout=self._setup.timeout) as connection:
-                try:
-                    if not self._app.conf.task_always_eager:
-                        self._greet(connection)
-                except Exception as error:
-                    self._ready.set_exception(errors.engine_unreachable(BROKER, _where(self._app), error))
-                else:
-                    self._ready.set_result(None)
-                    self._work(self._app.amqp.Producer(connection, auto_declare=False))
+                if not self._app.conf.task_always_eager:
+                    self._greet(connection)
+                self._ready.set_result(None)
+                self._work(self._app.amqp.Producer(connection, auto_declare=False))
+        except BaseException as error:
+            if not self._ready.done():
+                self._ready.set_exception(errors.engine_unreachable(BROKER, _where(self._app), error))
+                return
+            # A mistake, here or in Celery: nobody else would send, or hear.
+            self._failed = error
+            self._fail(error)
+            raise
         finally:
             self._close()
+
+    def _fail(self, error: BaseException) -> None:
+        """Have this become of all calls that are not answered."""
+        calls = list(self._flying.values())
+        for call in calls:
+            _land(call.future, error=error)
+        self._forget(calls)
+        with suppress(Empty):
+            while True:
+                if (call_or_end := self._inbox.get(block=False)) is not None:
+                    _land(call_or_end.future, error=error)
 
     def _greet(self, connection: Any) -> None:
         connection.ensure_connection(max_retries=1, interval_start=0.1, timeout=self._setup.timeout)
