@@ -184,7 +184,8 @@ class _Reader:
         found: dict[Any, Any] = {}
         self._numbered.append(found)
         for key, value in pairs:
-            found[self.read(key)] = self.read(value)
+            name = self.read(key)  # before its value, as it was written
+            found[name] = self.read(value)
         return found
 
     def _number(self) -> int:
@@ -209,7 +210,8 @@ class _Reader:
         for item in items:
             found.append(self.read(item))
         for key, value in pairs:
-            found[self.read(key)] = self.read(value)
+            name = self.read(key)  # before its value, as it was written
+            found[name] = self.read(value)
         state, setter = self.read(state), self.read(setter)
         if setter is not None:
             setter(found, state)

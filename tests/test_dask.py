@@ -281,6 +281,25 @@ def test_the_scheduler_goes_in_the_middle_and_comes_back(articles, tmp_path):
         assert articles.parallel_map(functions.rank, executor="dask", chunk_size=10) == list(range(30))
 
 
+def test_the_scheduler_goes_while_writes_wait_to_be_sent(articles, tmp_path):
+    """Nobody waits for what a client without a scheduler was given."""
+    with dask_by_hand(tmp_path) as by_hand:
+        scheduler = by_hand.scheduler()
+        by_hand.worker()
+        with distributed.Client(by_hand.address, timeout=WAIT, set_as_default=False) as client:
+
+            def kill():
+                until(lambda: tasks_of(client), message="something is sent")
+                scheduler.kill()
+                scheduler.wait()
+
+            killer = threading.Thread(target=kill)
+            killer.start()
+            with pytest.raises(errors.EngineUnavailable, match="went away"):
+                articles.parallel_each(lambda row: threading.Event().wait(WAIT), 1, executor=client, chunk_size=1)
+            killer.join(WAIT)
+
+
 # --- What is sent -----------------------------------------------------------------------
 
 
@@ -367,6 +386,28 @@ def test_a_call_that_is_cancelled_is_not_begun(threads, gate):
     gate.opened.set()
     assert [future.result(WAIT) for future in futures[:2]] == [1, 2]
     assert sorted(gate.begun) == [1, 2]
+
+
+def test_one_that_is_cancelled_leaves_the_others_alone(threads, gate):
+    executor = dask.DaskExecutor(threads, most=1)
+    futures = [executor.submit(gate, Article(rank=n)) for n in (1, 2, 3)]
+    gate.wait_for(1)
+    assert futures[0].cancel()
+    gate.opened.set()
+    assert [future.result(WAIT) for future in futures[1:]] == [2, 3]
+
+
+def test_what_has_an_effect_and_was_not_sent_is_not_sent_after_an_error(articles, threads, gate):
+    """What was sent is waited for, as nobody can tell what of it was begun."""
+
+    def fail(row):
+        gate.opened.set()
+        gate(row)
+        raise ValueError(row.rank)
+
+    with pytest.raises(ValueError, match="0"):
+        articles.parallel_each(fail, 2, executor=threads, chunk_size=1)
+    assert len(gate.begun) <= 4
 
 
 def test_in_order_however_they_come(articles, threads, gate):

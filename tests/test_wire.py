@@ -36,6 +36,22 @@ def through(value):
     return wire.read(text)
 
 
+@pytest.mark.parametrize("kind", [dict, OrderedDict, partial(defaultdict, list), Counter], ids=str)
+def test_keys_that_are_objects_and_values_that_come_again(kind):
+    """Each is told by its number, so all must be numbered as they were written: a key before its value."""
+    price, days, day = decimal.Decimal("0.1"), [1, 2], datetime.date(2021, 1, 1)
+    made = kind()
+    made[price] = days
+    made[day] = day
+    made[Frozen(1, (price,))] = price
+    assert through({"made": made, "days": days, "day": day, "price": price}) == {
+        "made": made,
+        "days": days,
+        "day": day,
+        "price": price,
+    }
+
+
 class Colour(enum.Enum):
     RED = "red"
 

@@ -11,7 +11,7 @@ import atexit
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import CancelledError, Executor, Future, InvalidStateError
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -104,8 +104,6 @@ class DaskExecutor(Executor):
         workers, and none came.
         """
         here: Future[Any] = Future()
-        if self._waits:
-            here.set_running_or_notify_cancel()
         with self._lock:
             self._waiting.append((here, partial(fn, *args, **kwargs)))
         self._send()
@@ -118,7 +116,7 @@ class DaskExecutor(Executor):
                 if not self._waiting or (self._most is not None and len(self._flying) >= self._most):
                     return
                 here, call = self._waiting.popleft()
-                if here.cancelled():
+                if here.cancelled() or (self._waits and not here.set_running_or_notify_cancel()):
                     continue
                 self._flying[here] = None  # its place is taken
             try:
@@ -147,6 +145,8 @@ class DaskExecutor(Executor):
             error = errors.engine_lost("Dask's scheduler") if is_lost else raised
         with self._lock:
             self._flying.pop(here, None)
+        if isinstance(error, errors.EngineUnavailable) and not here.cancelled():  # nobody would answer what is sent now
+            self._lose(error, ())
         self._send()
         _set(here, result, error)
         if self._waits:
@@ -186,18 +186,25 @@ class DaskExecutor(Executor):
         since = monotonic()
         while True:
             await asyncio.sleep(min(self._patience / 4, LOOKS))
+            if self.client.status == "closed":  # it has given up to connect again
+                self._lose(errors.engine_lost("Dask's scheduler"), list(self._flying))
+                continue
             try:
-                workers = await self.client.scheduler.ncores()
+                workers = await self.client.scheduler.ncores() if self.client.status == "running" else {}
             except Exception:  # whoever waits hears of it by its future
                 workers = True
             if workers or not self._flying:
                 since = monotonic()
             elif monotonic() - since >= self._patience:
-                with self._lock:
-                    lost = [*self._flying, *(here for here, _ in self._waiting)]
-                    self._waiting.clear()
-                for here in lost:
-                    _set(here, error=errors.no_dask_workers(_where(self.client), self._patience))
+                self._lose(errors.no_dask_workers(_where(self.client), self._patience), list(self._flying))
+
+    def _lose(self, error: errors.EngineUnavailable, flying: Iterable[Future[Any]]) -> None:
+        """Have this become of what waits here to be sent, and of these."""
+        with self._lock:
+            waiting = [here for here, _ in self._waiting]
+            self._waiting.clear()
+        for here in (*flying, *waiting):
+            _set(here, error=error)
 
 
 def _set(future: Future[Any], result: Any = None, error: BaseException | None = None) -> None:
