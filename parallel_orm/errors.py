@@ -484,6 +484,12 @@ def engine_unreachable(engine: str, where: str, error: BaseException) -> EngineU
     return EngineUnavailable(f"{engine} does not answer at {where}: {type(error).__name__}: {error}. Is it running?")
 
 
+def no_result_backend(error: Exception) -> EngineUnavailable:
+    return EngineUnavailable(
+        f"Celery's result backend cannot be used: {type(error).__name__}: {error}. Look at result_backend of the app."
+    )
+
+
 def no_celery_app() -> InvalidOption:
     return InvalidOption(
         'executor="celery" finds no Celery app of this project: import it in the __init__.py beside your settings, as '

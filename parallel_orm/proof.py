@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import sys
+import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache, partial
 from hashlib import sha256
@@ -151,17 +152,17 @@ def _of_module(name: str) -> str:
         return ABSENT
     if is_stale(module):
         return f"{STALE}{node()} {os.getpid()}"
-    try:
-        return _digest(Path(str(getattr(module, "__file__", None))).read_bytes())
-    except OSError:  # it is of a namespace, or in an archive
-        return "no file"
+    return _file_of(module)
 
 
 def is_stale(module: ModuleType) -> bool:
     """Tell whether a module's file was changed since it was loaded, so far as its functions tell.
 
-    A worker that nobody started anew has the new file then, and runs the old code.
+    A worker that nobody started anew has the new file then, and runs the old code. What is no code, such as a default
+    or an attribute of a class, tells nothing: so files are compared too, where they were remembered.
     """
+    if _remembered.get(module.__name__) not in (None, _file_of(module)):
+        return True
     get_code = getattr(getattr(module.__spec__, "loader", None), "get_code", None)
     if get_code is None:
         return False
@@ -174,6 +175,27 @@ def is_stale(module: ModuleType) -> bool:
     known = {_told_of(code) for code in _codes_in(now)}
     loaded = (code for code in _codes_of(module) if code.co_filename == now.co_filename)
     return any(_told_of(code) not in known for code in loaded)
+
+
+def remember_modules() -> None:
+    """Note what is in the files of the modules that are loaded: of the project's, not of what is installed."""
+    installed = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
+    for name, module in list(sys.modules.items()):
+        file = vars(module).get("__file__") if type(module) is ModuleType else None
+        if file and not file.startswith(installed):
+            _remembered.setdefault(name, _file_of(module))
+
+
+#: Of modules that were loaded when this process was set up: what was in their files.
+_remembered: dict[str, str] = {}
+
+
+def _file_of(module: ModuleType) -> str:
+    """Return what is in the file of a module."""
+    try:
+        return _digest(Path(str(getattr(module, "__file__", None))).read_bytes())
+    except OSError:  # it is of a namespace, or in an archive
+        return "no file"
 
 
 def _told_of(code: CodeType) -> tuple[object, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from celery import shared_task
+from celery.signals import worker_process_init, worker_ready
 
 NAME = "parallel_orm.call"
 
@@ -18,3 +19,14 @@ def call(self: Any, message: str) -> str:
     from parallel_orm.executors.messages import answer
 
     return answer(message, is_redelivered=bool((self.request.delivery_info or {}).get("redelivered")))
+
+
+def remember(**_: Any) -> None:
+    """Note what code this worker has, in the process or before its threads that do its tasks."""
+    from parallel_orm.proof import remember_modules
+
+    remember_modules()
+
+
+for _signal in (worker_process_init, worker_ready):
+    _signal.connect(remember, weak=False, dispatch_uid=NAME)

@@ -652,6 +652,17 @@ def test_a_worker_without_settings(articles, monkeypatch):
             articles.parallel_map(functions.rank, executor=client)
 
 
+def test_workers_that_are_not_named_need_not_know_the_project(articles):
+    """One of somebody else's, which could not even be made ready, is left alone."""
+    with dask_cluster(2) as client:
+        mine, theirs = client.scheduler_info()["workers"]
+        client.run(lambda: os.environ.update(DJANGO_SETTINGS_MODULE="no.such.settings"), workers=[theirs])
+        named = client.get_executor(workers=[mine], allow_other_workers=False)
+        assert articles.parallel_map(functions.rank, executor=named, chunk_size=5) == list(range(30))
+        with pytest.raises(errors.EngineUnavailable, match="could not be made ready"):
+            articles.parallel_map(functions.rank, executor=client)
+
+
 # --- Where it stays here ----------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -423,6 +424,29 @@ def test_a_module_that_was_deployed_and_not_loaded_anew(default, module):
         refuse_another_world(told)
     module()
     assert value_of("module", "of_the_project") == value_of_a_fresh_process()
+
+
+def test_a_default_that_was_changed_since_the_worker_was_set_up(default, module, monkeypatch):
+    """No code tells of it: so a worker remembers what was in the files of its modules."""
+    signals = pytest.importorskip("celery.signals")
+    importlib.import_module("parallel_orm.tasks")
+    monkeypatch.setattr(proof, "_remembered", {})
+    file = Path(sys.path[0]) / "of_the_project.py"
+    file.write_text("def function(row, factor=2): return row.rank * factor\n")
+    sys.modules.pop("of_the_project", None)
+    importlib.import_module("of_the_project")
+    for signal in (signals.worker_process_init, signals.worker_ready):
+        proof._remembered.clear()
+        signal.send(sender=None)
+        assert {"of_the_project", "parallel_orm.proof"} <= {*proof._remembered}
+        assert "django.db" not in proof._remembered
+    told = [("module", "of_the_project", value_of_a_fresh_process())]
+    refuse_another_world(told)
+    proof._of_module.cache_clear()
+    file.write_text("def function(row, factor=3): return row.rank * factor\n")
+    told = [("module", "of_the_project", value_of_a_fresh_process())]
+    with pytest.raises(errors.AnotherWorld, match="of_the_project was changed since this worker loaded it"):
+        refuse_another_world(told)
 
 
 def value_of_a_fresh_process():

@@ -34,6 +34,7 @@ try:
     from celery import Celery, current_app, states
     from celery.app.control import Control
     from celery.backends.base import DisabledBackend
+    from celery.exceptions import ImproperlyConfigured
     from django.utils.module_loading import import_string
 
     from parallel_orm.tasks import NAME
@@ -429,7 +430,11 @@ def executor(**arguments: Any) -> Iterator[CeleryExecutor]:
     :raises EngineUnavailable: broker or result backend do not answer within ``timeout`` seconds.
     """
     setup = Setup(**arguments)
-    made = CeleryExecutor(setup.find(), setup)
+    app = setup.find()
+    try:
+        made = CeleryExecutor(app, setup)
+    except (ImproperlyConfigured, ImportError) as error:
+        raise errors.no_result_backend(error) from error
     try:
         made.connect()
         yield made
@@ -439,7 +444,10 @@ def executor(**arguments: Any) -> Iterator[CeleryExecutor]:
 
 def _where(app: Celery) -> str:
     """Return where the broker is, without its password."""
-    return str(app.connection_for_write().as_uri())
+    try:
+        return str(app.connection_for_write().as_uri())
+    except Exception:  # of a URL that nobody understands
+        return "its broker_url"
 
 
 #: By broker and queue: how many processes its workers have, and until when that holds.

@@ -25,6 +25,7 @@ from parallel_orm import errors
 from parallel_orm.capsule import World
 from parallel_orm.executors.processes import without_main
 from parallel_orm.letters import set_up
+from parallel_orm.proof import remember_modules
 
 try:
     from distributed import Client, Event, KilledWorker, LocalCluster, WorkerPlugin, get_worker
@@ -49,9 +50,15 @@ class DjangoWorker(WorkerPlugin):  # type: ignore[misc]
         self.module = module
 
     async def setup(self, worker: Any) -> None:
-        if self.module is not None:
-            os.environ.setdefault("DJANGO_SETTINGS_MODULE", self.module)
-        await asyncio.to_thread(set_up)  # an AppConfig.ready() may ask its database, which no event loop may
+        await make_ready(self.module)
+
+
+async def make_ready(module: str | None) -> None:
+    """In a worker: set Django up, by settings of its own, or those that are in a module of this name there."""
+    if module is not None:
+        os.environ.setdefault("DJANGO_SETTINGS_MODULE", module)
+    await asyncio.to_thread(set_up)  # an AppConfig.ready() may ask its database, which no event loop may
+    remember_modules()
 
 
 class DaskExecutor(Executor):
@@ -267,7 +274,7 @@ def executor(
         raise errors.bad_executor(
             client, "would have to wait for itself here, in its own event loop: use another thread."
         )
-    _make_ready(client, timeout)
+    _make_ready(client, timeout, how.get("workers"))
     made = DaskExecutor(client, most=number, waits=waits, patience=patience, how=how)
     made.watch()
     try:
@@ -276,25 +283,37 @@ def executor(
         made.shutdown()
 
 
-def _make_ready(client: Client, timeout: float) -> None:
-    """Have the workers set Django up, those of a scheduler that was started anew too."""
+def _make_ready(client: Client, timeout: float, workers: Any = None) -> None:
+    """Have the workers set Django up, those of a scheduler that was started anew too; or only some, as others are not
+    of this project. (One of these that comes later does so at its first chunk.)
+    """
     try:
-        scheduler = client.sync(client.scheduler.identity, callback_timeout=timeout)["id"]
+        told = client.sync(client.scheduler.identity, callback_timeout=timeout)
     except Exception as error:
         raise errors.engine_unreachable("Dask's scheduler", _where(client), error) from error
-    if _made_ready.get(client) != scheduler:
+    done = told["id"], repr(workers)
+    if _made_ready.get(client) != done:
+        module = World.of_caller().module
         try:
-            client.register_plugin(DjangoWorker(World.of_caller().module))
+            if workers is None:
+                client.register_plugin(DjangoWorker(module))
+            elif chosen := _chosen(told["workers"], {workers} if isinstance(workers, str) else {*workers}):
+                client.run(make_ready, module, workers=chosen)
         except Exception as error:
             raise errors.engine_not_ready("Dask", error) from error
-        _made_ready[client] = scheduler
+        _made_ready[client] = done
+
+
+def _chosen(known: Mapping[str, Any], wanted: set[Any]) -> list[str]:
+    """Return the addresses of the workers that are meant by an address, a name, or a host."""
+    return [address for address, each in known.items() if not wanted.isdisjoint((address, each["name"], each["host"]))]
 
 
 # Clients of ours, by address, or by the number of processes of a cluster here; and the schedulers of clients whose
 # workers have Django.
 _lock = threading.Lock()
 _clients: dict[object, Client] = {}
-_made_ready: WeakKeyDictionary[Client, str] = WeakKeyDictionary()
+_made_ready: WeakKeyDictionary[Client, tuple[str, str]] = WeakKeyDictionary()
 
 
 def _kept(address: str | None, number: int | None, timeout: float) -> Client:

@@ -15,11 +15,11 @@ from typing import Any
 
 from parallel_orm import errors, wire
 from parallel_orm.options import from_settings
-from parallel_orm.outcomes import pack_error, packing
+from parallel_orm.outcomes import note, pack_error, packing
 from parallel_orm.parcels import dumps
 from parallel_orm.seals import sealed, unsealed
 
-#: The largest answer, as characters: brokers and backends have limits of their own, and say so badly.
+#: The largest answer, as characters of what a backend keeps. Brokers and backends have limits too, and say so badly.
 MOST_BYTES = 16 * 2**20
 
 _is_redelivered: ContextVar[bool] = ContextVar("parallel_orm_is_redelivered", default=False)
@@ -50,13 +50,16 @@ def answer(message: str, *, is_redelivered: bool) -> str:
 
     :raises NotSealed: it is of a stranger.
     """
-    told = json.loads(unsealed(message))
+    told, name = json.loads(unsealed(message)), _name_of(message)
     try:
-        answered = _answered(told, is_redelivered=is_redelivered)
+        text = sealed(json.dumps({"to": name, **_answered(told, is_redelivered=is_redelivered)}))
+        size, most = len(json.dumps(text)), from_settings().CELERY.get("MOST_BYTES", MOST_BYTES)
+        if size > most:  # as a backend has it, which writes it down as JSON once more
+            raise errors.answer_too_large(size, most)
+        return text
     except Exception as error:  # which Celery would bring home without its arguments
         with packing(as_json=True):
-            answered = {"error": wire.written(pack_error(error))}
-    return sealed(json.dumps({"to": _name_of(message), **answered}))
+            return sealed(json.dumps({"to": name, "error": wire.written(pack_error(error))}))
 
 
 def _text(value: Any, *, by_value: bool) -> str:
@@ -72,8 +75,8 @@ def _name_of(message: str) -> str:
 
 
 def _answered(told: Mapping[str, Any], *, is_redelivered: bool) -> dict[str, Any]:
-    by_value, known = told["by_value"], from_settings().CELERY
-    if by_value and not known.get("PICKLE"):
+    by_value = told["by_value"]
+    if by_value and not from_settings().CELERY.get("PICKLE"):
         raise errors.no_pickles_here()
     with packing(as_json=not by_value):
         fn, args, kwargs = _value(told["call"], by_value=by_value)
@@ -82,15 +85,13 @@ def _answered(told: Mapping[str, Any], *, is_redelivered: bool) -> dict[str, Any
             result = fn(*args, **kwargs)
         finally:
             _is_redelivered.reset(token)
-        text = _text(result, by_value=by_value)
-    most = known.get("MOST_BYTES", MOST_BYTES)
-    if len(text) > most:
-        raise errors.answer_too_large(len(text), most)
-    return {"by_value": by_value, "answer": text}
+        return {"by_value": by_value, "answer": _text(result, by_value=by_value)}
 
 
 def unless_redelivered(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
     """Call ``fn``, unless the message of it may have been begun before."""
     if _is_redelivered.get():
-        raise errors.WorkerDied(None, None)
+        error = errors.WorkerDied(None, None)
+        note(error, "its message was delivered a second time; it may have been begun before, and was not begun now")
+        raise error
     return fn(*args, **kwargs)
