@@ -183,10 +183,13 @@ class _Reader:
     def _dict(self, pairs: list[Any]) -> dict[Any, Any]:
         found: dict[Any, Any] = {}
         self._numbered.append(found)
+        self._fill(found, pairs)
+        return found
+
+    def _fill(self, found: Any, pairs: Any) -> None:
         for key, value in pairs:
             name = self.read(key)  # before its value, as it was written
             found[name] = self.read(value)
-        return found
 
     def _number(self) -> int:
         """Number what is yet to be made."""
@@ -209,9 +212,7 @@ class _Reader:
         found = self._numbered[number] = self.read(function)(*map(self.read, args))
         for item in items:
             found.append(self.read(item))
-        for key, value in pairs:
-            name = self.read(key)  # before its value, as it was written
-            found[name] = self.read(value)
+        self._fill(found, pairs)
         state, setter = self.read(state), self.read(setter)
         if setter is not None:
             setter(found, state)
