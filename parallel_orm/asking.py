@@ -158,6 +158,8 @@ class PendingAcross(Pending):
             pending._read.when_tried(partial(tell, pending))
         while True:
             for pending in list(waiting):
+                if enough.is_set():
+                    break
                 if not pending._read.is_about_to_begin and self._question.timeout is None:
                     pending._read.settle(wait=False)  # whoever needs it runs it
                 if pending.done():
@@ -191,16 +193,12 @@ class PendingAcross(Pending):
     def _may_be_missing(self, error: Any) -> bool:
         return self._question.partial and isinstance(error, Error | errors.DeadlineExceeded)
 
-    def _join(self, grace: float = 0.0) -> None:
-        """Make one answer of what is known, so many seconds from now. What is not needed any more is cancelled."""
+    def _join(self) -> None:
+        """Make one answer of what is known. What is not needed any more is cancelled."""
         self._asked = True
         answers: dict[str, Any] = {}
         missing: dict[str, BaseException] = {}
         first: BaseException | None = None
-        until = monotonic() + grace
-        for pending in self._members.values():
-            with suppress(TimeoutError):
-                pending._read.landed.result(max(0.0, until - monotonic()))
         known = {alias: pending for alias, pending in self._members.items() if pending.done()}
         for alias, pending in self._members.items():
             if alias not in known:
@@ -236,11 +234,13 @@ class PendingAcross(Pending):
                 while left:
                     done, left = await asyncio.wait(left, return_when=asyncio.FIRST_COMPLETED)
                     if any(waits[each].done() and self._knows_enough(waits[each]) for each in done):
+                        if left:
+                            await asyncio.wait(left, timeout=GRACE)
                         break
             finally:
                 for wait in waits:
                     wait.cancel()
-            await sync_to_async(self._join)(GRACE)
+            await sync_to_async(self._join)()
         return self.result()
 
     async def _arrived(self) -> None:
