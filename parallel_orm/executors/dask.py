@@ -58,7 +58,7 @@ async def make_ready(module: str | None) -> None:
     if module is not None:
         os.environ.setdefault("DJANGO_SETTINGS_MODULE", module)
     await asyncio.to_thread(set_up)  # an AppConfig.ready() may ask its database, which no event loop may
-    remember_modules()
+    await asyncio.to_thread(remember_modules)
 
 
 class DaskExecutor(Executor):
@@ -291,8 +291,8 @@ def _make_ready(client: Client, timeout: float, workers: Any = None) -> None:
         told = client.sync(client.scheduler.identity, callback_timeout=timeout)
     except Exception as error:
         raise errors.engine_unreachable("Dask's scheduler", _where(client), error) from error
-    done = told["id"], repr(workers)
-    if _made_ready.get(client) != done:
+    ready, these = _made_ready.setdefault(client, set()), (told["id"], repr(workers))
+    if these not in ready:
         module = World.of_caller().module
         try:
             if workers is None:
@@ -301,7 +301,7 @@ def _make_ready(client: Client, timeout: float, workers: Any = None) -> None:
                 client.run(make_ready, module, workers=chosen)
         except Exception as error:
             raise errors.engine_not_ready("Dask", error) from error
-        _made_ready[client] = done
+        ready.add(these)
 
 
 def _chosen(known: Mapping[str, Any], wanted: set[Any]) -> list[str]:
@@ -309,11 +309,11 @@ def _chosen(known: Mapping[str, Any], wanted: set[Any]) -> list[str]:
     return [address for address, each in known.items() if not wanted.isdisjoint((address, each["name"], each["host"]))]
 
 
-# Clients of ours, by address, or by the number of processes of a cluster here; and the schedulers of clients whose
-# workers have Django.
+# Clients of ours, by address, or by the number of processes of a cluster here; and of clients the schedulers and
+# the workers that have Django.
 _lock = threading.Lock()
 _clients: dict[object, Client] = {}
-_made_ready: WeakKeyDictionary[Client, tuple[str, str]] = WeakKeyDictionary()
+_made_ready: WeakKeyDictionary[Client, set[tuple[str, str]]] = WeakKeyDictionary()
 
 
 def _kept(address: str | None, number: int | None, timeout: float) -> Client:
