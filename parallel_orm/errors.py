@@ -420,6 +420,10 @@ def cancelled(why: str) -> Cancelled:
     return Cancelled(f"The query was cancelled {why}.")
 
 
+def taken_back() -> Cancelled:
+    return Cancelled("The caller has given this chunk up before it was begun, so it is not begun any more.")
+
+
 def function_not_picklable(function: object, error: BaseException) -> NotPicklable:
     return NotPicklable(
         f"{function!r} cannot be sent to a worker process: {type(error).__name__}: {error}. Whatever it closes over "
@@ -497,11 +501,15 @@ def no_celery_app() -> InvalidOption:
     )
 
 
-def nobody_consumes(queue: str, seconds: float) -> EngineUnavailable:
+def nobody_consumes(queue: str, seconds: float, *, stays: bool) -> EngineUnavailable:
+    left = (
+        " The messages that were sent stay there, and whoever takes them does what they say: purge the queue before "
+        "you call again."
+    )
     return EngineUnavailable(
         f"Nobody has taken anything from Celery's queue {queue!r} for {seconds:g} seconds, and no worker says that it "
         f"does: start one by `celery -A project worker -Q {queue}`, or name another queue in "
-        "PARALLEL_ORM['CELERY']['QUEUE']."
+        f"PARALLEL_ORM['CELERY']['QUEUE'].{left if stays else ''}"
     )
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
-from celery import shared_task
+from celery import shared_task, states
+from celery.backends.base import DisabledBackend
 from celery.signals import worker_process_init, worker_ready
 
 NAME = "parallel_orm.call"
@@ -16,9 +18,28 @@ NAME = "parallel_orm.call"
 )
 def call(self: Any, message: str) -> str:
     """Answer a message of a :class:`parallel_orm.executors.celery.CeleryExecutor`."""
-    from parallel_orm.executors.messages import answer
+    from parallel_orm.executors.messages import Delivery, answer
 
-    return answer(message, is_redelivered=bool((self.request.delivery_info or {}).get("redelivered")))
+    request = self.request
+    delivery = Delivery(
+        is_redelivered=bool((request.delivery_info or {}).get("redelivered")),
+        is_taken_back=partial(_is_taken_back, self),
+        is_heard=not request.ignore_result,
+    )
+    return answer(message, delivery)
+
+
+def _is_taken_back(task: Any) -> bool:
+    if task.request.is_eager or not keeps_answers(task.backend):
+        return False
+    return bool(task.backend.get_state(task.request.id) == states.REVOKED)
+
+
+def keeps_answers(backend: Any) -> bool:
+    """Tell whether what is in a result backend can be looked at from anywhere: ``rpc://`` sends it, and that is all."""
+    return not isinstance(backend, DisabledBackend) and (
+        hasattr(backend, "get_many") or not getattr(backend, "is_async", False)
+    )
 
 
 def remember(**_: Any) -> None:

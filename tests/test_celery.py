@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -31,10 +32,11 @@ from celery.exceptions import NotRegistered, TimeLimitExceeded
 from celery.signals import after_task_publish
 from django.db import connections
 from django.test import TestCase, override_settings
-from kombu.exceptions import ChannelError
+from kombu.exceptions import ChannelError, ContentDisallowed
 
 import parallel_orm
 from parallel_orm import Failure, errors, proof
+from parallel_orm.executors import celery as engine
 from parallel_orm.executors.celery import CeleryExecutor, error_of
 from parallel_orm.executors.messages import answer_of, message_of
 from tests import celeryapp, functions
@@ -414,7 +416,7 @@ def test_messages_are_json_and_tell_no_secrets(default, rows, aside, monkeypatch
     assert kwargs == {}
     told = json.loads(unsealed_by_nobody(sealed))
     assert told["by_value"] is False
-    letter = unsealed_by_nobody(letter_in(json.loads(told["call"])))
+    letter = unsealed_by_nobody(letter_in(json.loads(decompress(b64decode(told["call"])))))
     job = decompress(b64decode(json.loads(letter)["job"])).decode()
     assert json.loads(job)
     assert "tests.functions:rank" in job
@@ -455,7 +457,8 @@ def test_a_message_of_a_stranger_is_not_run(on, request, tmp_path):
     ours = message_of(*call, by_value=False)
     with override_settings(SECRET_KEY="of a stranger"):
         theirs = message_of(*call, by_value=False)
-    for message in (ours[:-1] + chr(ord(ours[-1]) ^ 1), ours.replace("done", "gone"), theirs, "nothing", ""):
+    middle = ours[40:80]
+    for message in (ours[:-1] + chr(ord(ours[-1]) ^ 1), ours.replace(middle, middle.swapcase()), theirs, "nothing", ""):
         with pytest.raises(errors.NotSealed, match="has no seal of this project"):
             fleet.sent(message)
     assert not list(tmp_path.iterdir())
@@ -596,6 +599,33 @@ def test_a_killed_worker(rows, on, request, tmp_path):
     assert any("no worker says that it has it" in line for line in caught.value.__notes__)
 
 
+@pytest.mark.parametrize("ends", ["patience", "Ctrl-C"])
+def test_what_was_given_up_is_not_written_later(default, aside, ends):
+    """By a worker that was not there to be told. What answers by messages cannot be looked at, and says so."""
+
+    def interrupt():
+        until(lambda: len(aside), "nothing was sent")
+        os.kill(os.getpid(), signal.SIGINT)
+
+    ships = Ship.objects.using(default)
+    is_kept = aside.fleet.backend != "rpc://"
+    with calling(aside.fleet, QUEUE=aside.name, PATIENCE=0.2 if ends == "patience" else WAIT):
+        interrupting = None if ends == "patience" else beside(interrupt)
+        with pytest.raises((KeyboardInterrupt, errors.EngineUnavailable)) as caught:
+            ships.parallel_create(range(4), functions.plain_ship, 2, executor="celery", chunk_size=1)
+        if interrupting:
+            interrupting.result(WAIT)
+        else:
+            assert ("purge the queue" in str(caught.value)) is not is_kept
+    assert len(aside)
+    aside.consume()
+    try:
+        until(lambda: not len(aside) and not aside.fleet.at_work(), "something waits still")
+    finally:
+        aside.forget()
+    assert not is_kept or not ships.exists()
+
+
 def test_a_lost_message(rows, aside):
     called = beside(rows.parallel_map, functions.rank, 2, executor="celery")
     until(lambda: len(aside), "nothing was sent")
@@ -616,6 +646,52 @@ def test_what_takes_long_is_not_lost(rows, on, request, tmp_path):
             called.result(2.5)  # in which it is looked for
         (tmp_path / "open").touch()
         assert called.result(WAIT) == list(range(10))
+
+
+def test_a_worker_that_does_not_answer_is_asked_again(rows, over_redis, tmp_path, monkeypatch):
+    """It may be too busy: a function of C, in a thread of its, lets nothing else run."""
+    silent, heard = [], []
+
+    def ask(app, command, *args, **kwargs):
+        if command == "active_queues" and len(silent) < engine.MISSES - 1:
+            silent.append(command)
+            return {}
+        answers = answered(app, command, *args, **kwargs)
+        if command == "reserved":
+            heard.append(answers)
+        return answers
+
+    answered = engine._ask
+    monkeypatch.setattr(engine, "_ask", ask)
+    with calling(over_redis, PATIENCE=0.1):
+        called = beside(
+            rows.parallel_map, partial(celeryapp.wait_at_gate, folder=str(tmp_path)), 2, executor="celery", chunk_size=5
+        )
+        until(lambda: len(heard) > 1 or called.done(), "nobody was asked again")
+        (tmp_path / "open").touch()
+        assert called.result(WAIT) == list(range(10))
+    assert len(silent) == engine.MISSES - 1
+
+
+def test_a_worker_that_cannot_be_understood(rows, over_redis, tmp_path, monkeypatch):
+    """Of another project on the same broker, by another serializer: nothing is known then, and no more."""
+    asked = []
+
+    def ask(app, command, *args, **kwargs):
+        asked.append(command)
+        raise ContentDisallowed("Refusing to deserialize")
+
+    monkeypatch.setattr(engine, "_ask", ask)
+    monkeypatch.setattr(engine, "_numbers", {})
+    with calling(over_redis, PATIENCE=0.1, TIMEOUT=0.1):
+        called = beside(
+            rows.parallel_map, partial(celeryapp.wait_at_gate, folder=str(tmp_path)), executor="celery", chunk_size=5
+        )
+        until(lambda: asked.count("active_queues") > 2 + engine.MISSES or called.done(), "nobody was asked")
+        (tmp_path / "open").touch()
+        assert called.result(WAIT) == list(range(10))
+    app = make_app("memory://", None, "nobody", task_serializer="pickle", accept_content=["json", "pickle"])
+    assert "pickle" in engine._control_of(app).mailbox.accept
 
 
 @pytest.mark.parametrize(
@@ -663,7 +739,7 @@ def test_a_result_backend_that_goes(rows, over_redis, tmp_path):
             )
             until(lambda: list(tmp_path.iterdir()), "nothing was begun")
             own.pause()
-            with pytest.raises(errors.EngineUnavailable, match="its result backend"):
+            with pytest.raises(errors.EngineUnavailable, match=f"result backend does not answer at {url}"):
                 called.result(WAIT)
     finally:
         (tmp_path / "open").touch()
@@ -705,6 +781,62 @@ def test_no_result_backend(rows, over_redis, tmp_path):
     assert report.rows == 0
     assert "4 chunks sent of which nothing is heard" in str(report)
     until(lambda: len(list(tmp_path.iterdir())) == 10, "not all was done")
+
+
+@pytest.mark.parametrize("on_error", ["raise", "collect"])
+def test_failures_of_which_nobody_hears(rows, over_redis, on_error):
+    """Are in the log of the worker."""
+    already = len(over_redis.log)
+    with calling(Elsewhere(make_app(over_redis.broker, None, over_redis.queue))):
+        rows.parallel_each(functions.fail_on_three, 2, executor="celery", on_error=on_error)
+
+    def log():
+        return "".join(over_redis.log[already:])
+
+    until(lambda: "rank three" in log(), "nothing was logged")
+    what = "chunk 0" if on_error == "raise" else "primary key"
+    assert re.search(f"ERROR.*{what}.* has failed, and its caller does not hear of it", log())
+
+
+def test_results_are_in_no_log(rows, over_redis):
+    """Celery's workers write the beginning of each answer into theirs."""
+    already = len(over_redis.log)
+    assert "name 3" in rows.parallel_map(celeryapp.name_of, 2, executor="celery")
+    until(lambda: any("succeeded in" in line for line in over_redis.log[already:]), "nothing was logged")
+    assert not any("name 3" in line for line in over_redis.log[already:])
+
+
+@pytest.mark.parametrize("route", ["priority", "routing_key", "queue"])
+def test_a_route(rows, over_redis, route):
+    """May say where messages go, or only how."""
+    name = over_redis.queue
+    routes = {
+        "priority": {"priority": 5},
+        "routing_key": {"exchange": name, "routing_key": name},
+        "queue": {"queue": name},
+    }
+    more = {"task_default_queue": "nobody", "task_queues": [kombu.Queue(name, kombu.Exchange(name), name)]}
+    app = make_app(
+        over_redis.broker,
+        over_redis.backend,
+        name,
+        task_routes={"parallel_orm.call": routes[route]},
+        **({} if route == "priority" else more),
+    )
+    assert engine._queue_of(app) == name
+    with calling(Elsewhere(app)):
+        assert rows.parallel_map(functions.rank, executor="celery") == list(range(10))
+
+
+def test_settings_that_name_nothing(rows, over_redis):
+    with calling(over_redis, APP="tests.functions.rank"), pytest.raises(errors.InvalidOption, match="is no Celery app"):
+        rows.parallel_map(functions.rank, executor="celery")
+    app = make_app(over_redis.broker, over_redis.backend, over_redis.queue, task_create_missing_queues=False)
+    with (
+        calling(Elsewhere(app), QUEUE="unheard_of"),
+        pytest.raises(errors.InvalidOption, match="a QUEUE that the app does not have.*unheard_of"),
+    ):
+        rows.parallel_map(functions.rank, 2, executor="celery")
 
 
 def test_too_much(rows, over_rabbitmq):

@@ -26,7 +26,7 @@ from django.db import connections
 
 from parallel_orm import errors
 from parallel_orm.chunks import Chunk
-from parallel_orm.executors.messages import MOST_BYTES, answer_of, message_of, unless_redelivered
+from parallel_orm.executors.messages import MOST_BYTES, answer_of, message_of, only_once
 from parallel_orm.options import available_cores
 from parallel_orm.outcomes import Outcome
 
@@ -34,10 +34,11 @@ try:
     from celery import Celery, current_app, states
     from celery.app.control import Control
     from celery.backends.base import DisabledBackend
-    from celery.exceptions import ImproperlyConfigured
+    from celery.exceptions import ImproperlyConfigured, QueueNotFound
     from django.utils.module_loading import import_string
+    from kombu.exceptions import ContentDisallowed
 
-    from parallel_orm.tasks import NAME
+    from parallel_orm.tasks import NAME, keeps_answers
 except ImportError as error:
     raise errors.missing_engine("celery", error) from error
 
@@ -53,6 +54,8 @@ ASKS = 1.0
 ASKS_SHORTLY = 0.25
 #: Seconds for which it is known how many there are.
 KNOWN = 60.0
+#: As often a chunk must be looked for in vain before it counts as lost: a worker may be too busy to answer.
+MISSES = 3
 
 
 @dataclass(frozen=True)
@@ -77,9 +80,12 @@ class Setup:
         """Return the app, or refuse."""
         if self.app is not None:
             try:
-                return import_string(self.app)
+                named = import_string(self.app)
             except ImportError as error:
                 raise errors.bad_setting("CELERY", f"has an APP that cannot be imported: {error}") from error
+            if not isinstance(named, Celery):
+                raise errors.bad_setting("CELERY", f"has an APP that is no Celery app: {self.app} is {named!r}")
+            return named
         found = current_app._get_current_object()
         if found.main == "default":  # the one that Celery makes where there is none
             raise errors.no_celery_app()
@@ -107,6 +113,8 @@ class Call:
     number: int = 0
     #: When it was sent, or last seen to be somewhere.
     since: float = 0.0
+    #: How often it was looked for in vain since.
+    misses: int = 0
     #: What Celery gives for it.
     sent: Any = None
 
@@ -125,7 +133,7 @@ class CeleryExecutor(Executor):
 
     def __init__(self, app: Celery, setup: Setup) -> None:
         self._app, self._setup, self._task = app, setup, app.tasks[NAME]
-        self._queue = setup.queue or app.amqp.router.route({}, NAME)["queue"].name
+        self._queue = setup.queue or _queue_of(app)
         #: Whether functions may be lambdas, closures, and those of a script.
         self.supports_by_value = setup.pickle
         #: Whether anybody tells what became of a call.
@@ -156,7 +164,10 @@ class CeleryExecutor(Executor):
         """How many calls are worked on at once: as was said, or as many as the workers that answer have processes."""
         if self._setup.number or self._app.conf.task_always_eager:
             return self._setup.number or 1
-        return _number_of(self._app, self._queue)
+        try:
+            return _number_of(self._app, self._queue)
+        except ContentDisallowed:  # an answer by a serializer that this app does not accept
+            return available_cores()
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         """Send a call on its way.
@@ -165,7 +176,7 @@ class CeleryExecutor(Executor):
         message was lost; :class:`~parallel_orm.errors.EngineUnavailable` where broker or backend went, or nobody takes
         anything from the queue.
         """
-        once = isinstance(fn, partial) and fn.func is unless_redelivered
+        once = isinstance(fn, partial) and fn.func is only_once
         call = Call(message_of(fn, args, kwargs, by_value=self._setup.pickle), Future(), once)
         if self._setup.waits or not self.supports_answers:
             call.future.set_running_or_notify_cancel()
@@ -175,8 +186,10 @@ class CeleryExecutor(Executor):
         return call.future
 
     def once(self, fn: Callable[..., Any]) -> Callable[..., Any]:
-        """Return a function that does what ``fn`` does, and refuses a message that its broker delivers again."""
-        return partial(unless_redelivered, fn)
+        """Return a function that does what ``fn`` does, and refuses a message that its broker delivers again, or that
+        its caller has given up.
+        """
+        return partial(only_once, fn)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Leave the workers as they are; the courier ends, what nobody has begun is revoked."""
@@ -210,6 +223,7 @@ class CeleryExecutor(Executor):
         for call in calls:
             _land(call.future, error=error)
         self._forget(calls)
+        self._take_back(calls)
         with suppress(Empty):
             while True:
                 if (call_or_end := self._inbox.get(block=False)) is not None:
@@ -241,7 +255,7 @@ class CeleryExecutor(Executor):
                 self._listen(pause)
             except Exception as error:  # it may be over the next time, but where Celery has tried again itself
                 if self._is_told or monotonic() - heard > self._setup.timeout:
-                    self._abandon(list(self._flying.values()), error)
+                    self._abandon(list(self._flying.values()), BACKEND, error)
                 sleep(pause)
             else:
                 heard = monotonic()
@@ -272,6 +286,7 @@ class CeleryExecutor(Executor):
                 producer=producer,
                 serializer="json",
                 ignore_result=not self.supports_answers,
+                argsrepr="(...)",  # events tell of it, and logs
                 **options,
             )
             if not self.supports_answers:
@@ -281,6 +296,8 @@ class CeleryExecutor(Executor):
             self._flying[call.name] = call
             if self._is_told:
                 call.sent.then(partial(self._hear, call))
+        except QueueNotFound as error:
+            _land(call.future, error=errors.bad_setting("CELERY", f"has a QUEUE that the app does not have: {error}"))
         except Exception as error:
             self._flying.pop(call.name, None)
             _land(call.future, error=errors.engine_unreachable(BROKER, _where(self._app), error))
@@ -334,9 +351,24 @@ class CeleryExecutor(Executor):
                 with suppress(Exception):
                     call.sent.forget()
 
+    def _take_back(self, calls: Iterable[Call]) -> bool:
+        """Have those of these calls that must not be done a second time not be begun any more. Workers find it where
+        answers are, so that those that come later do too. Tell whether it could be said.
+        """
+        try:
+            for call in calls:
+                if call.once:
+                    if not keeps_answers(self._app.backend):
+                        return False
+                    self._app.backend.mark_as_revoked(call.name)
+        except Exception:  # it may be gone, and the next one would be tried as long
+            return False
+        return True
+
     def _revoke(self, calls: list[Call], connection: Any) -> None:
         if calls:
             self._forget(calls)
+            self._take_back(calls)
             with suppress(Exception):
                 _control_of(self._app).revoke([call.name for call in calls], connection=connection)
 
@@ -350,9 +382,12 @@ class CeleryExecutor(Executor):
         try:
             if late:
                 self._look_for(late, now, connection)
+        except ContentDisallowed:  # somebody is there, and cannot be understood
+            for call in late:
+                call.since = now
         except Exception as error:  # the broker's, which may be there again the next time
             most = self._setup.patience + self._setup.timeout
-            self._abandon([call for call in late if now - call.since > most and call.name in self._flying], error)
+            self._abandon([call for call in late if now - call.since > most], BROKER, error)
 
     def _look_for(self, late: list[Call], now: float, connection: Any) -> None:
         waiting, consumers = self._in_queue(connection)
@@ -368,13 +403,20 @@ class CeleryExecutor(Executor):
             # In the queue nothing is left of what was sent before something that came back.
             has_its_turn = waiting and consumers and call.number > self._latest
             if call.name in held or has_its_turn:
-                call.since = now
+                call.since, call.misses = now, 0
             elif call.name in self._flying:
+                call.misses += 1
+                if call.misses < MISSES:
+                    continue
                 self._forget([call])
+                is_taken_back = self._take_back([call])
                 if waiting and not consumers:
-                    _land(call.future, error=errors.nobody_consumes(self._queue, self._setup.patience))
+                    error: Exception = errors.nobody_consumes(
+                        self._queue, self._setup.patience, stays=not is_taken_back
+                    )
                 else:
-                    _land(call.future, error=errors.message_lost(self._queue, self._setup.patience))
+                    error = errors.message_lost(self._queue, self._setup.patience)
+                _land(call.future, error=error)
 
     def _in_queue(self, connection: Any) -> tuple[int, int]:
         """Return how many messages are in the queue, and how many consumers its broker knows of."""
@@ -393,10 +435,13 @@ class CeleryExecutor(Executor):
         if self._flying:
             self._look()
 
-    def _abandon(self, calls: list[Call], error: Exception) -> None:
-        for call in calls:
-            self._flying.pop(call.name)
-            _land(call.future, error=errors.engine_unreachable(BROKER, _where(self._app), error))
+    def _abandon(self, calls: list[Call], what: str, error: Exception) -> None:
+        where = _where(self._app) if what == BROKER else _where_answers_are(self._app)
+        left = [call for call in calls if self._flying.pop(call.name, None) is not None]
+        for call in left:
+            _land(call.future, error=errors.engine_unreachable(what, where, error))
+        if what == BROKER:  # the other one may hear yet
+            self._take_back(left)
 
     def _close(self) -> None:
         """Leave nothing open that this thread has opened."""
@@ -419,6 +464,7 @@ def _land(future: Future[Any], result: Any = None, *, error: BaseException | Non
 
 
 BROKER = "Celery's broker, or its result backend,"
+BACKEND = "Celery's result backend"
 #: What a call comes to of which nobody tells.
 SENT = Outcome(Chunk(0, ""), value=[], counts={"sent": 1})
 
@@ -448,6 +494,25 @@ def _where(app: Celery) -> str:
         return str(app.connection_for_write().as_uri())
     except Exception:  # of a URL that nobody understands
         return "its broker_url"
+
+
+def _where_answers_are(app: Celery) -> str:
+    try:
+        return str(app.backend.as_uri())  # without its password, too
+    except Exception:
+        return "its result_backend"
+
+
+def _queue_of(app: Celery) -> str:
+    """Return the queue that messages go to where nobody names one: a route may do so, or tell how they come there."""
+    route = app.amqp.router.route({}, NAME)
+    if (queue := route.get("queue")) is not None:
+        return str(getattr(queue, "name", queue))
+    key = route.get("routing_key")
+    for name, each in app.amqp.queues.items():
+        if key is not None and each.routing_key == key:
+            return str(name)
+    return str(app.amqp.default_queue.name)
 
 
 #: By broker and queue: how many processes its workers have, and until when that holds.
@@ -481,13 +546,13 @@ def _ask(app: Celery, command: str, workers: list[str] | None = None, *, seconds
 
 
 def _control_of(app: Celery) -> Control:
-    """Return what speaks with workers by JSON and by the connection that it is given.
+    """Return what speaks with workers by the connection that it is given, by JSON, in which not all of them answer.
 
     The app's own takes one of its pool too, which a forked child shares with its parent.
     """
     control = Control(app)
     control.mailbox.producer_pool = None
-    control.mailbox.serializer, control.mailbox.accept = "json", ["json"]
+    control.mailbox.serializer, control.mailbox.accept = "json", ["json", *app.conf.accept_content]
     return control
 
 

@@ -6,23 +6,42 @@ Both are sealed, and an answer names the message that it is of: one of yesterday
 from __future__ import annotations
 
 import json
+import logging
 import pickle
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
+from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
+from zlib import Z_BEST_SPEED, compress, decompress
 
 from parallel_orm import errors, wire
+from parallel_orm.chunks import describe_key
 from parallel_orm.options import from_settings
-from parallel_orm.outcomes import note, pack_error, packing
+from parallel_orm.outcomes import Outcome, PackedError, note, pack_error, packing
 from parallel_orm.parcels import dumps
 from parallel_orm.seals import sealed, unsealed
 
 #: The largest answer, as characters of what a backend keeps. Brokers and backends have limits too, and say so badly.
 MOST_BYTES = 16 * 2**20
 
-_is_redelivered: ContextVar[bool] = ContextVar("parallel_orm_is_redelivered", default=False)
+_logger = logging.getLogger("parallel_orm")
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """How a message has come to its worker."""
+
+    #: Whether its broker says that it delivers it again.
+    is_redelivered: bool = False
+    #: Tells whether its caller has given it up since.
+    is_taken_back: Callable[[], bool] = lambda: False
+    #: Whether anybody will be told of the answer.
+    is_heard: bool = True
+
+
+_delivery: ContextVar[Delivery] = ContextVar("parallel_orm_delivery", default=Delivery())  # noqa: B039 - is frozen
 
 
 def message_of(fn: Callable[..., Any], args: Any, kwargs: Any, *, by_value: bool) -> str:
@@ -45,53 +64,78 @@ def answer_of(answer: str, message: str) -> Any:
     return _value(told["answer"], by_value=told["by_value"])
 
 
-def answer(message: str, *, is_redelivered: bool) -> str:
+def answer(message: str, delivery: Delivery) -> str:
     """Do what a message says, in a worker; return the answer, as sealed as the message must be.
 
     :raises NotSealed: it is of a stranger.
     """
     told, name = json.loads(unsealed(message)), _name_of(message)
     try:
-        text = sealed(json.dumps({"to": name, **_answered(told, is_redelivered=is_redelivered)}))
+        text = sealed(json.dumps({"to": name, **_answered(told, delivery)}))
         size, most = len(json.dumps(text)), from_settings().CELERY.get("MOST_BYTES", MOST_BYTES)
         if size > most:  # as a backend has it, which writes it down as JSON once more
             raise errors.answer_too_large(size, most)
         return text
     except Exception as error:  # which Celery would bring home without its arguments
+        if not delivery.is_heard:
+            _logger.error("A chunk has failed, and its caller does not hear of it", exc_info=error)
         with packing(as_json=True):
             return sealed(json.dumps({"to": name, "error": wire.written(pack_error(error))}))
 
 
 def _text(value: Any, *, by_value: bool) -> str:
-    return b64encode(dumps(value)).decode() if by_value else wire.written(value)
+    # Small, and not to be read in passing: Celery's workers log the beginning of each answer.
+    data = dumps(value) if by_value else wire.written(value).encode()
+    return b64encode(compress(data, Z_BEST_SPEED)).decode()
 
 
 def _value(text: str, *, by_value: bool) -> Any:
-    return pickle.loads(b64decode(text)) if by_value else wire.read(text)
+    data = decompress(b64decode(text))
+    return pickle.loads(data) if by_value else wire.read(data.decode())
 
 
 def _name_of(message: str) -> str:
     return sha256(message.encode()).hexdigest()
 
 
-def _answered(told: Mapping[str, Any], *, is_redelivered: bool) -> dict[str, Any]:
+def _answered(told: Mapping[str, Any], delivery: Delivery) -> dict[str, Any]:
     by_value = told["by_value"]
     if by_value and not from_settings().CELERY.get("PICKLE"):
         raise errors.no_pickles_here()
     with packing(as_json=not by_value):
         fn, args, kwargs = _value(told["call"], by_value=by_value)
-        token = _is_redelivered.set(is_redelivered)
+        token = _delivery.set(delivery)
         try:
             result = fn(*args, **kwargs)
         finally:
-            _is_redelivered.reset(token)
+            _delivery.reset(token)
+        if not delivery.is_heard:
+            _tell_of_failures(result)
         return {"by_value": by_value, "answer": _text(result, by_value=by_value)}
 
 
-def unless_redelivered(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-    """Call ``fn``, unless the message of it may have been begun before."""
-    if _is_redelivered.get():
+def _tell_of_failures(result: Any) -> None:
+    """Log what nobody else will hear of."""
+    if not isinstance(result, Outcome):
+        return
+    if result.error is not None:
+        _logger.error("%s has failed, and its caller does not hear of it", result.chunk, exc_info=_opened(result.error))
+    for each in result.failed:
+        where = f"primary key {describe_key(each.key)} in {result.chunk}"
+        _logger.error("%s has failed, and its caller does not hear of it", where, exc_info=_opened(each.error))
+
+
+def _opened(error: BaseException | PackedError) -> BaseException:
+    return error.open() if isinstance(error, PackedError) else error
+
+
+def only_once(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    """Call ``fn``, unless the message of it may have been begun before, or its caller has given it up."""
+    delivery = _delivery.get()
+    if delivery.is_redelivered:
         error = errors.WorkerDied(None, None)
         note(error, "its message was delivered a second time; it may have been begun before, and was not begun now")
         raise error
+    if delivery.is_taken_back():
+        raise errors.taken_back()
     return fn(*args, **kwargs)
