@@ -12,6 +12,7 @@ from decimal import Decimal
 from math import isnan
 from typing import Any
 
+from django.core.exceptions import FieldError
 from django.db import Error, InterfaceError, OperationalError, connections
 from django.db.models import BigIntegerField, FloatField, Func
 from django.db.models.expressions import ExpressionWrapper
@@ -71,7 +72,10 @@ def comparison_of(name: str, expressions: Mapping[str, Any]) -> Comparison:
     """Return how an expression of several databases compares, by their aliases. Raises :class:`NotComparable`."""
     aliases = list(expressions)
     first = connections[aliases[0]]
-    column = _target(expressions[aliases[0]])
+    try:
+        column = _target(expressions[aliases[0]])
+    except FieldError as error:  # which the order of a query may have, as nobody else asks what it is
+        raise NotComparable(f"it is not known what {name} is: {error}") from error
     if column is None:
         raise NotComparable(f"it is not known what {name} is")
     kind = column.get_internal_type()
