@@ -25,9 +25,9 @@ from django.db.models.sql import Query
 from parallel_orm import errors
 from parallel_orm.asking import Question
 from parallel_orm.chunks import describe_key
-from parallel_orm.comparing import Comparison, NotComparable, comparison_of, refuse_unknown
+from parallel_orm.comparing import Comparison, NotComparable, comparison_of, refuse_raw, refuse_unknown
 from parallel_orm.guards import WINDOW
-from parallel_orm.identity import VALUES, are_instances_of_one_table, is_grouped, selects_primary_key
+from parallel_orm.identity import VALUES, are_instances_of_one_table, is_grouped, selects_primary_key, source_of
 from parallel_orm.merging import Page, Term, in_order, joined, merged, sort_keys
 from parallel_orm.ordering import effective_ordering
 from parallel_orm.outcomes import Stopwatch, named
@@ -138,6 +138,11 @@ class Fan:
         try:
             apart = apart_of(self.querysets) if self.may_have_twice else None
             found, terms = sorted_rows(self.querysets)
+            if apart is not None:
+                ordered = [source_of(item.expression) for item in next(iter(found.values())).order]
+                for place, (expression, comparison) in enumerate(zip(apart.selected, apart.comparisons, strict=True)):
+                    if source_of(expression) not in ordered:  # by which they are told apart too
+                        refuse_raw(f"column {place + 1}", comparison)
         except NotComparable as problem:
             raise self.refusal(
                 verb,
@@ -322,6 +327,8 @@ class Apart:
     join: Callable[[Sequence[Page], Sequence[Term]], list[Any]]
     #: How the columns compare that tell rows apart.
     comparisons: Sequence[Comparison] = ()
+    #: These columns, on the first database.
+    selected: Sequence[Any] = ()
 
 
 def apart_of(querysets: Mapping[str, Rows]) -> Apart:
@@ -341,7 +348,7 @@ def apart_of(querysets: Mapping[str, Rows]) -> Apart:
         comparison_of(f"column {place + 1}", {alias: each[place] for alias, each in selects.items()})
         for place in range(len(one))
     ]
-    return Apart(lambda pages, terms: _once(pages, terms, comparisons), comparisons)
+    return Apart(lambda pages, terms: _once(pages, terms, comparisons), comparisons, one)
 
 
 def _selected(alias: str, queryset: Rows) -> list[Any]:

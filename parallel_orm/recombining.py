@@ -12,6 +12,7 @@ from datetime import timedelta
 from decimal import ROUND_HALF_UP, Context, Decimal, localcontext
 from fractions import Fraction
 from math import fsum, isfinite, sqrt
+from operator import itemgetter
 from typing import Any
 
 from django.core.exceptions import FieldError
@@ -32,7 +33,7 @@ from django.db.models import (
 )
 from django.db.models.functions import Coalesce
 
-from parallel_orm.comparing import Comparison
+from parallel_orm.comparing import Comparison, since_epoch
 
 #: Digits that sums of decimals may have: more than any database keeps.
 DIGITS = 1_000
@@ -160,6 +161,12 @@ def _sum(expression: Any, kind: str | None, vendor: str, comparison: Callable[[]
 def _extreme(expression: Any, kind: str | None, vendor: str, comparison: Callable[[], Comparison]) -> Recombined:
     aggregate: type[Aggregate] = type(expression)
     outer: Callable[..., Any] = min if aggregate is Min else max
+    if kind == "DateTimeField" and vendor == "postgresql":  # compared by a number, as an hour may come twice
+
+        def whole(answers: Sequence[tuple[Any, ...]]) -> Any:
+            return outer((each for each in answers if each[0] is not None), key=itemgetter(1), default=(None,))[0]
+
+        return Recombined((_same(aggregate, expression), since_epoch(_same(aggregate, expression))), whole)
 
     def wholes(groups: Sequence[Sequence[tuple[Any, ...]]]) -> list[Any]:
         there = [[value for value, *_ in answers if value is not None] for answers in groups]

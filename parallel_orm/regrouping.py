@@ -18,7 +18,7 @@ from django.db.models.query import (
 )
 from django.db.models.utils import create_namedtuple_class
 
-from parallel_orm.comparing import Comparison, NotComparable, comparison_of, refuse_unknown
+from parallel_orm.comparing import Comparison, NotComparable, comparison_of, comparison_of_values, refuse_unknown
 from parallel_orm.identity import groups_of, source_of
 from parallel_orm.merging import Term, in_order, sort_keys
 from parallel_orm.ordering import parts as parts_of
@@ -121,12 +121,13 @@ def regrouping(querysets: Mapping[str, Rows], low: int, high: int | None) -> Reg
     order = []
     for number, (place, item) in enumerate(first.order):
         expressions = {alias: each.order_expressions[number] for alias, each in asked.items()}
-        comparison = comparison_of(first.all_names[place], expressions)
+        compare = comparison_of if place in first.expressions else comparison_of_values
+        comparison = compare(first.all_names[place], expressions)
         order.append((place, term_of(item, comparison, first.alias)))
     apart = None
     if first.is_distinct:
         apart = [
-            (place, comparison_of(repr(name), {alias: each.selected[place] for alias, each in asked.items()}))
+            (place, comparison_of_values(repr(name), {alias: each.selected[place] for alias, each in asked.items()}))
             for place, name in enumerate(first.names)
         ]
     for each in list(asked.values())[1:]:
@@ -204,10 +205,10 @@ class _Asked:
             source = source_of(expression)
             if name is None:  # MySQL, to say where NULLs come, has the expression itself
                 name = next((each for each, annotation in selected.items() if annotation == source), None)
-            if name in self.names:
-                place = self.names.index(name)
-            elif source in grouped:
+            if source in grouped:
                 place = self.group_places[grouped.index(source)][1]
+            elif name in self.names:
+                place = self.names.index(name)
             else:
                 raise NotComparable(f"groups are ordered by {_name(expression)}, which they do not have")
             self.order.append((place, item))
