@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import datetime as dt
 import pickle
 import random
@@ -38,6 +39,7 @@ from django.db.models import (
     Window,
 )
 from django.db.models.functions import Coalesce, Collate, Concat, Length, Lower, Mod, Rank, TruncMonth
+from django.db.models.sql.compiler import SQLCompiler
 from django.test import override_settings
 
 from parallel_orm import Failure, collations, comparing, errors, parallel_map
@@ -1055,6 +1057,57 @@ def test_maps_in_a_coroutine(both):
     assert rows == walked == iterated == mapped == expected
     assert (number, first) == (60, expected[0])
     assert total == one.aggregate(n=Sum("number"))
+
+
+@pytest.mark.parametrize("verb", ["acount", "aexists", "aget", "afirst", "alast", "aaggregate", "ain_bulk", "loop"])
+def test_coroutines_meet_in_the_databases(both, verb, monkeypatch):
+    """Two that are gathered ask two databases each, all at once: one after the other they would wait for ever."""
+    one, several = both
+    barrier, execute = threading.Barrier(4), SQLCompiler.execute_sql
+
+    def meet(self, *args, **kwargs):
+        barrier.wait(20)
+        return execute(self, *args, **kwargs)
+
+    async def ask(pk):
+        rows = several.across(*several.aliases[:2]).filter(pk=pk).order_by("name")
+        if verb == "loop":
+            return [row.pk async for row in rows]
+        return await getattr(rows, verb)(*([Max("name")] if verb == "aaggregate" else []))
+
+    async def use():
+        return await asyncio.gather(*map(ask, keys), return_exceptions=True)
+
+    # Of both databases, and of none: no yes ends the other's query before that is asked.
+    keys = (
+        [-1, -2] if verb == "aexists" else list(Sale.objects.using(several.aliases[0]).values_list("pk", flat=True)[:2])
+    )
+    monkeypatch.setattr(SQLCompiler, "execute_sql", meet)
+    answers = run(use())
+    monkeypatch.undo()
+    rows = {row.pk: row for row in one.filter(pk__in=keys)}
+    expected = {
+        "acount": lambda key: 1,
+        "aexists": lambda key: False,
+        "aget": rows.get,
+        "afirst": rows.get,
+        "alast": rows.get,
+        "aaggregate": lambda key: {"name__max": rows[key].name},
+        "ain_bulk": lambda key: {key: rows[key]},
+        "loop": lambda key: [key],
+    }[verb]
+    assert answers == list(map(expected, keys))
+
+
+def test_started_as_it_would_be_asked(both):
+    one, several = both
+    rows, first = several.order_by("pk"), one.order_by("pk").first()
+    assert len(rows) == 60
+    assert rows.start_first().result() == first
+    with pytest.raises(errors.UnsupportedQuerySet, match="locks rows"):
+        several.select_for_update().start_get(pk=1)
+    with pytest.raises(TypeError, match="in_bulk"):
+        several[:3].start_in_bulk([1])
 
 
 ASKED_OF_ONE_WITHOUT_TABLE = {
