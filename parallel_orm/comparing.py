@@ -12,11 +12,14 @@ from decimal import Decimal
 from math import isnan
 from typing import Any
 
+from django.core.exceptions import FieldError
 from django.db import Error, InterfaceError, OperationalError, connections
 from django.db.models import BigIntegerField, FloatField, Func
 from django.db.models.expressions import ExpressionWrapper
+from django.db.models.functions.datetime import TruncBase
 
 from parallel_orm.collations import TEXT, Collation, Unknown, collation_of, ranks_on, target_of
+from parallel_orm.identity import source_of
 from parallel_orm.ordering import LONGEST
 from parallel_orm.outcomes import named
 
@@ -50,6 +53,8 @@ class Comparison:
     failed: Mapping[str, Exception] = field(default_factory=dict)
     #: What is asked for instead of the column, to be given what the database compares.
     raw: Callable[[Any], Any] | None = None
+    #: Whether that is the only way: what the column brings is less than what the database compares.
+    only_raw: bool = False
 
     def keys(self, values: Sequence[Any]) -> Mapping[Any, Any]:
         """Return for each value that is not None what it is to be compared by."""
@@ -71,7 +76,10 @@ def comparison_of(name: str, expressions: Mapping[str, Any]) -> Comparison:
     """Return how an expression of several databases compares, by their aliases. Raises :class:`NotComparable`."""
     aliases = list(expressions)
     first = connections[aliases[0]]
-    column = _target(expressions[aliases[0]])
+    try:
+        column = _target(expressions[aliases[0]])
+    except FieldError as error:  # which the order of a query may have, as nobody else asks what it is
+        raise NotComparable(f"it is not known what {name} is: {error}") from error
     if column is None:
         raise NotComparable(f"it is not known what {name} is")
     kind = column.get_internal_type()
@@ -98,6 +106,19 @@ def comparison_of(name: str, expressions: Mapping[str, Any]) -> Comparison:
     if kind in TEXT:
         return _of_text(name, column, expressions)
     raise NotComparable(f"{name} is a {kind}, which Python does not compare as {first.vendor} does")
+
+
+def comparison_of_values(name: str, expressions: Mapping[str, Any]) -> Comparison:
+    """Return how the values compare that rows bring, where nothing else is asked for. Else as :func:`comparison_of`."""
+    comparison = comparison_of(name, expressions)
+    refuse_raw(name, comparison)
+    return comparison
+
+
+def refuse_raw(name: str, comparison: Comparison) -> None:
+    """Refuse values of which what the column brings is not enough."""
+    if comparison.only_raw:
+        raise NotComparable(f"values of {name} are times of a zone where an hour comes twice a year")
 
 
 def _target(expression: Any) -> Any:
@@ -195,12 +216,14 @@ def _of_moments(expressions: Mapping[str, Any]) -> Comparison:
 
     There an hour comes twice a year, and Python compares two times of one zone without a look at the zone.
     """
-    in_utc = all(connections[alias].timezone_name == "UTC" for alias in expressions)
-    return Comparison() if in_utc else Comparison(raw=_since_epoch)
+    if all(connections[alias].timezone_name == "UTC" for alias in expressions):
+        return Comparison()
+    are_without_zone = all(isinstance(source_of(each), TruncBase) for each in expressions.values())
+    return Comparison(raw=since_epoch, only_raw=not are_without_zone)
 
 
-def _since_epoch(expression: Any) -> Any:
-    # In microseconds.
+def since_epoch(expression: Any) -> Any:
+    """Make a number of a moment: of microseconds."""
     epoch = Func(expression, function="EXTRACT", template="(EXTRACT(EPOCH FROM %(expressions)s) * 1000000)::bigint")
     return ExpressionWrapper(epoch, output_field=BigIntegerField())
 

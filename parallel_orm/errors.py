@@ -792,6 +792,12 @@ def cursor_closed() -> ConnectionMisused:
     return ConnectionMisused("The cursor is closed.")
 
 
+def rows_to_come() -> ConnectionMisused:
+    return ConnectionMisused(
+        "A cursor with itersize= has rows to come, and its driver would give them up for this: fetch them, or close it."
+    )
+
+
 def connection_in_use() -> ConnectionMisused:
     return ConnectionMisused("Another thread is using this ParallelConnection: give each thread one of its own.")
 

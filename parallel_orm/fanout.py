@@ -340,11 +340,14 @@ class AcrossMixin(_Base):
 
     def get(self, *args: Any, **kwargs: Any) -> Any:
         """Return the one row that one of the databases has; two on two of them are ``MultipleObjectsReturned``."""
+        self._refuse_to_lock()
+        with self._told_by_clones():
+            return super().get(*args, **kwargs)
+
+    def _refuse_to_lock(self) -> None:
         query: Any = self.query
         if query.select_for_update:
             raise self._refusal("get", "it locks rows, of which other databases may have more", "Take using(alias).")
-        with self._told_by_clones():
-            return super().get(*args, **kwargs)
 
     def first(self) -> Any:
         """As Django's, over all databases."""
@@ -373,13 +376,79 @@ class AcrossMixin(_Base):
 
     def in_bulk(self, id_list: Any = None, *, field_name: str = "pk") -> dict[Any, Any]:
         """As Django's, over all databases; a key that two of them have is ``MultipleObjectsReturned``."""
+        return dict(self._in_bulk(id_list, field_name).answered())
+
+    def _in_bulk(self, id_list: Any, field_name: str) -> Question:
         if self.query.is_sliced:
             raise TypeError("Cannot use 'limit' or 'offset' with in_bulk().")
-        return dict(self._fan().in_bulk(id_list, field_name).answered())
+        return self._fan().in_bulk(id_list, field_name)
 
     def aggregate(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Recombine what each database computes: Sum, Min, Max, Count, Avg, StdDev and Variance."""
         return dict(self._fan().aggregate(args, kwargs).answered())
+
+    # Django's async methods: what to ask is found out in the thread that has the connections, as that may look into
+    # their catalogues; the event loop waits for the answer, beside whatever else it waits for.
+
+    def __aiter__(self) -> AsyncIterator[Any]:
+        """As Django's; the queries run in the background."""
+
+        async def rows() -> AsyncIterator[Any]:
+            if self.__dict__["_result_cache"] is None and not self._started():
+                self._result_cache = await self._await(self._question, "fetch")
+            await sync_to_async(self._fetch_all)()
+            for row in self:
+                yield row
+
+        return rows()
+
+    async def acount(self) -> int:
+        """As :meth:`count`; runs beside what else the event loop is waiting for."""
+        if self.__dict__["_result_cache"] is not None or self._started():
+            return await sync_to_async(self.count)()
+        return int(await self._await(self._question, "count"))
+
+    async def aexists(self) -> bool:
+        """As :meth:`exists`; runs beside what else the event loop is waiting for."""
+        if self.__dict__["_result_cache"] is not None or self._started():
+            return await sync_to_async(self.exists)()
+        return bool(await self._await(self._question, "exists"))
+
+    async def _await(self, ask: Callable[..., Question], *args: Any) -> Any:
+        def asked() -> PendingAcross:
+            return ask(*args).asked()
+
+        return await (await sync_to_async(asked)())
+
+    async def aget(self, *args: Any, **kwargs: Any) -> Any:
+        """As :meth:`get`; runs beside what else the event loop is waiting for."""
+        if not self._is_plain_on_one("get"):
+            return await sync_to_async(self.get)(*args, **kwargs)
+        return await (await sync_to_async(self.start_get)(*args, **kwargs))
+
+    async def afirst(self) -> Any:
+        """As :meth:`first`; runs beside what else the event loop is waiting for."""
+        if self.__dict__["_result_cache"] is not None or self._started() or not self._is_plain_on_one("first"):
+            return await sync_to_async(self.first)()
+        return await (await sync_to_async(self.start_first)())
+
+    async def alast(self) -> Any:
+        """As :meth:`last`; runs beside what else the event loop is waiting for."""
+        if self.query.is_sliced or not self._is_plain_on_one("last"):
+            return await sync_to_async(self.last)()  # which refuses a slice, in Django's words
+        return await (await sync_to_async(self.start_last)())
+
+    def _is_plain_on_one(self, method: str) -> bool:
+        """Tell whether the class that it has on one database made nothing of its own of a method."""
+        return bool(self.on(self.aliases[0])._is_plain(method))
+
+    async def aaggregate(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As :meth:`aggregate`; runs beside what else the event loop is waiting for."""
+        return dict(await (await sync_to_async(self.start_aggregate)(*args, **kwargs)))
+
+    async def ain_bulk(self, id_list: Any = None, *, field_name: str = "pk") -> dict[Any, Any]:
+        """As :meth:`in_bulk`; runs beside what else the event loop is waiting for."""
+        return dict(await self._await(self._in_bulk, id_list, field_name))
 
     def explain(self, *, format: str | None = None, **options: Any) -> str:  # noqa: A002 - Django's name
         """Return what each database says, one below the other."""
@@ -447,6 +516,7 @@ class AcrossMixin(_Base):
 
     def start_get(self, *args: Any, **kwargs: Any) -> PendingAcross:
         """Start ``get()`` on all databases."""
+        self._refuse_to_lock()
         rows: Any = self.filter(*args, **kwargs) if args or kwargs else self.all()
         query = rows.query
         if query.can_filter() and not query.distinct_fields:
@@ -474,7 +544,7 @@ class AcrossMixin(_Base):
         return self._start_outer(self.reverse() if self.ordered else self.order_by("-pk"), "last", timeout)
 
     def _start_outer(self, rows: Any, verb: str, timeout: float | None) -> PendingAcross:
-        question: Question = rows[:1]._fan(timeout, self._tell).rows(verb)
+        question: Question = rows.all()[:1]._fan(timeout, self._tell).rows(verb)
 
         def outer(answers: Mapping[str, Any]) -> Any:
             return next(iter(question.join(answers)), None)
@@ -487,7 +557,7 @@ class AcrossMixin(_Base):
 
     def start_in_bulk(self, id_list: Any = None, *, field_name: str = "pk") -> PendingAcross:
         """Start ``in_bulk()`` on all databases."""
-        return self._fan().in_bulk(id_list, field_name).asked()
+        return self._in_bulk(id_list, field_name).asked()
 
     # --- Writing ------------------------------------------------------------------------
 

@@ -28,8 +28,27 @@ def identity_of(queryset: Rows) -> list[Any]:
         names = (*query.extra_select, *query.values_select, *query.annotation_select)
         return [column_name(queryset.model, name) for name in names]
     if is_grouped(query):
-        return [_name_or_expression(query, column) for column in query.group_by]
+        return [_name_or_expression(query, column) for column in groups_of(query)]
     return []
+
+
+def groups_of(query: Query) -> list[Any]:
+    """Return by what SQL groups rows: what they were grouped by, and what else they have been given since."""
+    found: list[Any] = list(query.group_by)  # type: ignore[arg-type]  # not of all rows
+    known = list(map(source_of, found))
+    for expression in (*query.select, *(Ref(name, each) for name, each in query.annotation_select.items())):
+        source = source_of(expression)
+        # None of an aggregate; of a subquery those that it refers to.
+        for column in [] if source in known else source.get_group_by_cols():
+            if column not in known:
+                known.append(column)
+                found.append(expression if column == source else column)
+    return found
+
+
+def source_of(expression: Any) -> Any:
+    """Return what a name stands for; all else as it is."""
+    return expression.get_source_expressions()[0] if isinstance(expression, Ref) else expression
 
 
 def is_grouped(query: Query) -> bool:

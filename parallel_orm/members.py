@@ -109,6 +109,11 @@ class Member:
         """Return a cursor; one of the server's, where rows are to come by so many."""
         return self.connection.cursor() if itersize is None else streaming(self.connection, itersize)
 
+    @property
+    def has_one_result(self) -> bool:
+        """Whether its driver gives up the rows of a streaming cursor when anything else is executed."""
+        return driver_of(self.connection) in UNBUFFERED
+
     def commit(self) -> None:
         """Commit."""
         self.connection.commit()
@@ -208,6 +213,10 @@ class OfAlias(Member):
             return CursorWrapper(streaming(wrapper.connection, itersize), wrapper)
         return wrapper.chunked_cursor()
 
+    @property
+    def has_one_result(self) -> bool:
+        return bool(self.connection.vendor == "mysql")
+
     def cancel(self) -> None:
         interrupt(self.connection)
 
@@ -306,14 +315,23 @@ def is_pool(source: Any) -> bool:
     return callable(getattr(source, "getconn", None)) and callable(getattr(source, "putconn", None))
 
 
+#: Drivers whose streaming cursors are those of one result.
+UNBUFFERED = ("pymysql", "MySQLdb")
+
+
+def driver_of(connection: Any) -> str:
+    """Return the name of the package of a connection."""
+    return type(connection).__module__.partition(".")[0]
+
+
 def streaming(connection: Any, itersize: int) -> Any:
     """Return a cursor whose rows stay on the server until they are fetched; the plain one where the driver has none."""
-    driver = type(connection).__module__.partition(".")[0]
+    driver = driver_of(connection)
     if driver in ("psycopg2", "psycopg"):
         name = f"parallel_orm_{next(_numbers)}"
         cursor = connection.cursor(name=name, withhold=bool(connection.autocommit))
         cursor.itersize = itersize
         return cursor
-    if driver in ("pymysql", "MySQLdb"):
+    if driver in UNBUFFERED:
         return connection.cursor(import_module(f"{driver}.cursors").SSCursor)
     return connection.cursor()

@@ -117,7 +117,7 @@ class _Reader:
     def __init__(self, queryset: QuerySet[Any, Any]) -> None:
         self.model, self.query = queryset.model, queryset.query
         connection = connections[queryset.db]
-        self.vendor = connection.vendor
+        self.vendor, self.zone = connection.vendor, connection.timezone_name
         self.nulls_last_ascending = bool(connection.features.nulls_order_largest)
         self.computed: tuple[tuple[str, Any], ...] = ()
 
@@ -202,6 +202,8 @@ class _Reader:
         field = expression._output_field_or_none
         if isinstance(field, JSONField):
             raise NotAKeyset(f"{name!r} is JSON, whose null and order Python does not give back")
+        if isinstance(field, DateTimeField) and self.vendor == "postgresql" and self.zone != "UTC":
+            raise NotAKeyset(f"{name!r} is a time of {self.zone}, where an hour comes twice a year")
         if isinstance(field, DecimalField) and self.vendor == "sqlite":
             raise NotAKeyset(f"{name!r} is a decimal, which SQLite stores as a float and Django rounds")
         is_long = isinstance(field, TextField | BinaryField) or (

@@ -19,21 +19,22 @@ from typing import Any
 from django.core.exceptions import FieldError
 from django.db import connections
 from django.db.models import Aggregate, QuerySet
+from django.db.models.expressions import Ref
 from django.db.models.sql import Query
 
 from parallel_orm import errors
 from parallel_orm.asking import Question
 from parallel_orm.chunks import describe_key
-from parallel_orm.comparing import Comparison, NotComparable, comparison_of, refuse_unknown
+from parallel_orm.comparing import Comparison, NotComparable, comparison_of, refuse_raw, refuse_unknown
 from parallel_orm.guards import WINDOW
-from parallel_orm.identity import VALUES, are_instances_of_one_table, is_grouped, selects_primary_key
+from parallel_orm.identity import VALUES, are_instances_of_one_table, is_grouped, selects_primary_key, source_of
 from parallel_orm.merging import Page, Term, in_order, joined, merged, sort_keys
 from parallel_orm.ordering import effective_ordering
 from parallel_orm.outcomes import Stopwatch, named
 from parallel_orm.reading import Call, fill_cache
 from parallel_orm.recombining import CannotRecombine, Recombined, recombined
 from parallel_orm.regrouping import regrouping
-from parallel_orm.sortkeys import Sorted, sorted_rows
+from parallel_orm.sortkeys import Sorted, names_of, sorted_rows
 
 Rows = QuerySet[Any, Any]
 
@@ -77,8 +78,13 @@ class Fan:
         """Whether two databases may have what is to come once."""
         query: Any = self.first.query
         if query.combinator == "union" and not query.combinator_all:
-            return not are_instances_of_one_table(query)
+            return not self.is_of_instances
         return bool(query.distinct_fields or (query.distinct and not selects_primary_key(self.first)))
+
+    @property
+    def is_of_instances(self) -> bool:
+        """Whether what is combined are whole instances of one table; of values, those with their primary keys."""
+        return are_instances_of_one_table(self.first.query) and selects_primary_key(self.first)
 
     @property
     def is_whole(self) -> bool:
@@ -132,6 +138,11 @@ class Fan:
         try:
             apart = apart_of(self.querysets) if self.may_have_twice else None
             found, terms = sorted_rows(self.querysets)
+            if apart is not None:
+                ordered = [source_of(item.expression) for item in next(iter(found.values())).order]
+                for place, (expression, comparison) in enumerate(zip(apart.selected, apart.comparisons, strict=True)):
+                    if source_of(expression) not in ordered:  # by which they are told apart too
+                        refuse_raw(f"column {place + 1}", comparison)
         except NotComparable as problem:
             raise self.refusal(
                 verb,
@@ -217,8 +228,7 @@ class Fan:
             compared.append(comparing)
             first = next(iter(comparing.resolved().values()))  # an error of the caller's is theirs, here
             try:
-                field = first._output_field_or_none
-                found = aggregates[name] = recombined(name, expression, field, vendor, comparing)
+                found = aggregates[name] = recombined(name, expression, first, vendor, comparing)
             except CannotRecombine as problem:
                 raise self.refusal("aggregate", problem) from problem
             asked.update({f"{name}_{number}": part for number, part in enumerate(found.parts)})
@@ -279,7 +289,7 @@ class Fan:
         for each in query.combined_queries:
             if each.is_sliced or each.distinct or is_grouped(each):
                 raise self.refusal(verb, "a union of slices, of groups or of what is distinct is not that of all rows")
-        if query.combinator in ("intersection", "difference") and not are_instances_of_one_table(query):
+        if query.combinator in ("intersection", "difference") and not self.is_of_instances:
             raise self.refusal(
                 verb, f"values of {query.combinator}() may be on another database", "Combine whole instances."
             )
@@ -291,6 +301,13 @@ def _has_window(expression: Any) -> bool:
         return True
     sources: Any = () if isinstance(expression, Query) else getattr(expression, "get_source_expressions", tuple)()
     return any(map(_has_window, sources))
+
+
+def _has_aggregate(expression: Any) -> bool:
+    # What a name stands for is one of each row, in a query within.
+    if isinstance(expression, Aggregate | Ref):
+        return isinstance(expression, Aggregate)
+    return any(map(_has_aggregate, expression.get_source_expressions()))
 
 
 def fetch(rows: Any, clock: Stopwatch) -> tuple[list[Any], int]:
@@ -310,6 +327,8 @@ class Apart:
     join: Callable[[Sequence[Page], Sequence[Term]], list[Any]]
     #: How the columns compare that tell rows apart.
     comparisons: Sequence[Comparison] = ()
+    #: These columns, on the first database.
+    selected: Sequence[Any] = ()
 
 
 def apart_of(querysets: Mapping[str, Rows]) -> Apart:
@@ -329,13 +348,16 @@ def apart_of(querysets: Mapping[str, Rows]) -> Apart:
         comparison_of(f"column {place + 1}", {alias: each[place] for alias, each in selects.items()})
         for place in range(len(one))
     ]
-    return Apart(lambda pages, terms: _once(pages, terms, comparisons), comparisons)
+    return Apart(lambda pages, terms: _once(pages, terms, comparisons), comparisons, one)
 
 
 def _selected(alias: str, queryset: Rows) -> list[Any]:
     query: Any = queryset.query.clone()
     while query.combinator:
+        names = names_of(query)
         query = query.combined_queries[0].clone()
+        if names and not query.values_select:  # values() of a union are those of its members
+            query.set_values(names)
     compiler = query.get_compiler(alias)
     compiler.setup_query()
     return [expression for expression, *_ in compiler.select]
@@ -428,10 +450,8 @@ class _Resolved:
             if not found[alias].contains_aggregate:
                 raise TypeError(f"{self.name} is not an aggregate expression")
             source = found[alias]
-            if isinstance(source, Aggregate):
-                for each in source.source_expressions:
-                    if getattr(each, "contains_aggregate", False):
-                        raise FieldError(f"Cannot compute {self.name}: it is an aggregate of an aggregate")
+            if isinstance(source, Aggregate) and any(map(_has_aggregate, source.source_expressions)):
+                raise FieldError(f"Cannot compute {self.name}: it is an aggregate of an aggregate")
         return found
 
     def __call__(self) -> Comparison:

@@ -60,7 +60,8 @@ class ParallelConnection:
             self._on_each(lambda member: member.open())
         except BaseException:
             self._is_closed = True
-            let_go(self._members)
+            for answer in let_go(self._members):
+                answer.wait()
             raise
         self._finalizer = finalize(self, let_go, self._members)
 
@@ -125,6 +126,9 @@ class ParallelConnection:
         """Commit, or roll back after an exception; then close."""
         try:
             if not self._is_closed:
+                with self._used():
+                    for cursor in self._cursors:
+                        cursor._drop()
                 if error is None:
                     self.commit()
                 else:
@@ -140,6 +144,12 @@ class ParallelConnection:
             raise errors.left_in_parent("a ParallelConnection")
         if self._is_closed:
             raise errors.connection_closed()
+
+    def _refuse_streams(self, but: ParallelCursor | None = None) -> None:
+        """Refuse what would end the rows of a cursor whose driver has one result at a time on a connection."""
+        for cursor in self._cursors:
+            if cursor is not but and any(each in cursor._cursors and each.has_one_result for each in cursor._coming):
+                raise errors.rows_to_come()
 
     @contextmanager
     def _used(self) -> Iterator[None]:
@@ -158,6 +168,7 @@ class ParallelConnection:
     def _end(self, function: Callable[[Member], None], done: str) -> None:
         with self._used():
             self._refuse_closed()
+            self._refuse_streams()
             answers: list[Answer[None]] = [each.ask(function) for each in self._members]
             failed, ended = [], []
             for member, answer in zip(self._members, answers, strict=True):
@@ -312,6 +323,7 @@ class ParallelCursor:
 
         self._refuse_closed()
         with self.connection._used():
+            self.connection._refuse_streams(but=self)
             self._drop()
             found = self.connection._on_each(run, members)
             # Cursors that have more rows to give.

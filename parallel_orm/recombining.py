@@ -12,12 +12,28 @@ from datetime import timedelta
 from decimal import ROUND_HALF_UP, Context, Decimal, localcontext
 from fractions import Fraction
 from math import fsum, isfinite, sqrt
+from operator import itemgetter
 from typing import Any
 
-from django.db.models import Aggregate, Avg, Count, FloatField, Func, Max, Min, StdDev, Sum, TextField, Value, Variance
+from django.core.exceptions import FieldError
+from django.db.models import (
+    Aggregate,
+    Avg,
+    Count,
+    ExpressionWrapper,
+    FloatField,
+    Func,
+    Max,
+    Min,
+    StdDev,
+    Sum,
+    TextField,
+    Value,
+    Variance,
+)
 from django.db.models.functions import Coalesce
 
-from parallel_orm.comparing import Comparison
+from parallel_orm.comparing import Comparison, since_epoch
 
 #: Digits that sums of decimals may have: more than any database keeps.
 DIGITS = 1_000
@@ -45,14 +61,16 @@ class Recombined:
         return list(map(self.whole, groups)) if self.wholes is None else self.wholes(groups)
 
 
-def recombined(name: str, expression: Any, field: Any, vendor: str, comparison: Callable[[], Comparison]) -> Recombined:
-    """Return how an aggregate, resolved or not, comes together.
+def recombined(
+    name: str, expression: Any, resolved: Any, vendor: str, comparison: Callable[[], Comparison]
+) -> Recombined:
+    """Return how an aggregate, as it was given, comes together.
 
-    ``field`` is what it makes, and ``comparison`` tells how its values compare.
+    ``resolved`` is the same resolved, and ``comparison`` tells how its values compare.
 
     Raises :class:`CannotRecombine`.
     """
-    default = None
+    field, default = resolved._output_field_or_none, None
     if type(expression) is Coalesce:  # what a resolved one with a default is
         expression, *defaults = expression.get_source_expressions()
         if len(defaults) != 1 or not isinstance(defaults[0], Value):
@@ -80,6 +98,7 @@ def recombined(name: str, expression: Any, field: Any, vendor: str, comparison: 
             if not isinstance(default, Value):
                 raise CannotRecombine(f"{name!r} has a default that is computed: give it a plain value")
             default = default.value
+    expression = _typed(expression, resolved)
     parts = KINDS[kind](expression, None if field is None else field.get_internal_type(), vendor, comparison)
     if default is None:
         return parts
@@ -92,6 +111,26 @@ def recombined(name: str, expression: Any, field: Any, vendor: str, comparison: 
         lambda answers: or_default(parts.whole(answers)),
         lambda groups: list(map(or_default, parts.of_groups(groups))),
     )
+
+
+def _typed(expression: Any, resolved: Any) -> Any:
+    """Return an aggregate whose values have the type that it was given, where its parts would not know that."""
+    field = expression._constructor_args[1].get("output_field")
+    if field is None or isinstance(expression, Count):
+        return expression
+    if not isinstance(expression, Sum | Min | Max):  # else a part is of the type of the whole
+        inner: Any = resolved if isinstance(resolved, Aggregate) else resolved.source_expressions[0]
+        values: Any = inner.source_expressions[0]
+        try:
+            _ = values._output_field_or_none
+        except FieldError:  # it is made of several types
+            pass
+        else:
+            return expression
+    values, *others = expression.get_source_expressions()
+    typed = expression.copy()
+    typed.set_source_expressions([ExpressionWrapper(values, output_field=field), *others])
+    return typed
 
 
 def _same(kind: type[Aggregate], expression: Any) -> Any:
@@ -122,6 +161,12 @@ def _sum(expression: Any, kind: str | None, vendor: str, comparison: Callable[[]
 def _extreme(expression: Any, kind: str | None, vendor: str, comparison: Callable[[], Comparison]) -> Recombined:
     aggregate: type[Aggregate] = type(expression)
     outer: Callable[..., Any] = min if aggregate is Min else max
+    if kind == "DateTimeField" and vendor == "postgresql":  # compared by a number, as an hour may come twice
+
+        def whole(answers: Sequence[tuple[Any, ...]]) -> Any:
+            return outer((each for each in answers if each[0] is not None), key=itemgetter(1), default=(None,))[0]
+
+        return Recombined((_same(aggregate, expression), since_epoch(_same(aggregate, expression))), whole)
 
     def wholes(groups: Sequence[Sequence[tuple[Any, ...]]]) -> list[Any]:
         there = [[value for value, *_ in answers if value is not None] for answers in groups]

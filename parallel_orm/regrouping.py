@@ -9,7 +9,7 @@ from typing import Any
 
 from django.db import Error, connections
 from django.db.models import Max, Min, QuerySet
-from django.db.models.expressions import Col, Ref
+from django.db.models.expressions import Col
 from django.db.models.query import (
     FlatValuesListIterable,
     NamedValuesListIterable,
@@ -18,7 +18,8 @@ from django.db.models.query import (
 )
 from django.db.models.utils import create_namedtuple_class
 
-from parallel_orm.comparing import Comparison, NotComparable, comparison_of, refuse_unknown
+from parallel_orm.comparing import Comparison, NotComparable, comparison_of, comparison_of_values, refuse_unknown
+from parallel_orm.identity import groups_of, source_of
 from parallel_orm.merging import Term, in_order, sort_keys
 from parallel_orm.ordering import parts as parts_of
 from parallel_orm.recombining import CannotRecombine, Recombined, recombined
@@ -53,9 +54,11 @@ class Regrouping:
         """Return the rows of all groups, as the queryset has them."""
         refuse_unknown([term.comparison for term in self._all_terms], answers)
         rows = [row for answer in answers.values() for row in answer]
-        keys, _ = sort_keys([[[row[place] for row in rows] for place, _ in self.groups]], self._terms)
+        keys: list[Any] = [()] * len(rows)
+        if self.groups:  # else it is one group, of all rows
+            (keys,), _ = sort_keys([[[row[place] for row in rows] for place, _ in self.groups]], self._terms)
         together: dict[Any, list[tuple[Any, ...]]] = {}
-        for row, key in zip(rows, keys[0], strict=True):
+        for row, key in zip(rows, keys, strict=True):
             together.setdefault(key, []).append(row)
         groups = list(together.values())
         found = [list(rows[0]) for rows in groups]
@@ -118,12 +121,13 @@ def regrouping(querysets: Mapping[str, Rows], low: int, high: int | None) -> Reg
     order = []
     for number, (place, item) in enumerate(first.order):
         expressions = {alias: each.order_expressions[number] for alias, each in asked.items()}
-        comparison = comparison_of(first.all_names[place], expressions)
+        compare = comparison_of if place in first.expressions else comparison_of_values
+        comparison = compare(first.all_names[place], expressions)
         order.append((place, term_of(item, comparison, first.alias)))
     apart = None
     if first.is_distinct:
         apart = [
-            (place, comparison_of(repr(name), {alias: each.selected[place] for alias, each in asked.items()}))
+            (place, comparison_of_values(repr(name), {alias: each.selected[place] for alias, each in asked.items()}))
             for place, name in enumerate(first.names)
         ]
     for each in list(asked.values())[1:]:
@@ -165,13 +169,15 @@ class _Asked:
             raise NotComparable("groups are ordered by extra(order_by=...), which is SQL that cannot be compared")
         compiler = query.get_compiler(alias)
         compiler.setup_query()
+        if query.extra_select:
+            raise NotComparable("groups have a column of extra(), which is SQL that cannot be compared")
         self.names = names_of(query)
         self.selected = [expression for expression, *_ in compiler.select]
         self.is_distinct = bool(query.distinct)
         order = [resolved for resolved, _ in compiler.get_order_by()] if query.order_by else []
         self.expressions: dict[int, Any] = {}
         self.annotations = selected = dict(query.annotation_select)
-        grouped = [_source(expression) for expression in query.group_by]
+        grouped = list(map(source_of, groups_of(query)))
         self._query, self._added = query, list(self.names)
         self.group_places = []
         for number, expression in enumerate(grouped):
@@ -185,7 +191,7 @@ class _Asked:
             if not annotation.contains_aggregate or name not in self.names:
                 continue
             compare = partial(extremes.__getitem__, name)
-            found = recombined(name, annotation, annotation._output_field_or_none, vendor, compare)
+            found = recombined(name, annotation, annotation, vendor, compare)
             # In the place of the whole, which an alias may have too few rows for.
             first, *others = found.parts
             query.annotations[name] = first
@@ -196,11 +202,13 @@ class _Asked:
         for item in order:
             expression = item.expression
             name = getattr(expression, "refs", None)
-            source = _source(expression)
-            if name in self.names:
-                place = self.names.index(name)
-            elif source in grouped:
+            source = source_of(expression)
+            if name is None:  # MySQL, to say where NULLs come, has the expression itself
+                name = next((each for each, annotation in selected.items() if annotation == source), None)
+            if source in grouped:
                 place = self.group_places[grouped.index(source)][1]
+            elif name in self.names:
+                place = self.names.index(name)
             else:
                 raise NotComparable(f"groups are ordered by {_name(expression)}, which they do not have")
             self.order.append((place, item))
@@ -224,10 +232,6 @@ def _raw_of(alias: str, expression: Any) -> Callable[[Any], Any] | None:
         return comparison_of(_name(expression), {alias: expression}).raw
     except Error:  # nobody says how its text is sorted, which is asked for as it is
         return None
-
-
-def _source(expression: Any) -> Any:
-    return expression.get_source_expressions()[0] if isinstance(expression, Ref) else expression
 
 
 def _name(expression: Any) -> str:

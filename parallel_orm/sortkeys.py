@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter, itemgetter
 from typing import Any
 
 from django.db import connections
 from django.db.models import F, QuerySet
-from django.db.models.expressions import Col, OrderBy, Ref
+from django.db.models.expressions import Col, ColPairs, OrderBy, Ref
 from django.db.models.functions import Random
 from django.db.models.query import (
     FlatValuesListIterable,
@@ -110,11 +110,11 @@ class _Reading:
             return
         self._query = query.clone()
         if self.kind is ModelIterable and is_of_one_table(queryset):
-            self.order = _order_by_own_columns(self._query, ordering)
+            self.order = _one_by_one(_order_by_own_columns(self._query, ordering))
             return
         compiler = self._query.get_compiler(alias)
         compiler.setup_query()
-        self.order = [resolved for resolved, _ in compiler.get_order_by()]
+        self.order = _one_by_one([resolved for resolved, _ in compiler.get_order_by()])
 
     def name_of(self, place: int) -> str:
         expression: Any = self.order[place].expression
@@ -194,6 +194,15 @@ def _order_by_own_columns(query: Query, names: Sequence[str]) -> list[OrderBy]:
         name = item.lstrip("-")
         column: Any = meta.pk if name == "pk" else meta.get_field(name)
         found.append(OrderBy(column.get_col(table), descending=item.startswith("-") is query.standard_ordering))
+    return found
+
+
+def _one_by_one(order: Iterable[OrderBy]) -> list[OrderBy]:
+    """Return an order with the columns of a primary key of several in the place of that."""
+    found = []
+    for item in order:
+        columns = item.expression.get_cols() if isinstance(item.expression, ColPairs) else [item.expression]
+        found += [OrderBy(each, item.descending, item.nulls_first, item.nulls_last) for each in columns]
     return found
 
 

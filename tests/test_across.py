@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import datetime as dt
 import pickle
 import random
@@ -12,14 +13,17 @@ from contextlib import ExitStack
 from decimal import Decimal
 
 import pytest
+from django.core.exceptions import FieldError
 from django.db import ProgrammingError, connections, router
 from django.db.models import (
     Avg,
     Case,
     CharField,
     Count,
+    DecimalField,
     Exists,
     F,
+    FloatField,
     Max,
     Min,
     Model,
@@ -34,7 +38,8 @@ from django.db.models import (
     When,
     Window,
 )
-from django.db.models.functions import Collate, Concat, Length, Lower, Mod, Rank, TruncMonth
+from django.db.models.functions import Coalesce, Collate, Concat, Length, Lower, Mod, Rank, TruncMonth
+from django.db.models.sql.compiler import SQLCompiler
 from django.test import override_settings
 
 from parallel_orm import Failure, collations, comparing, errors, parallel_map
@@ -44,7 +49,7 @@ from parallel_orm.testing import fail_chunk
 from tests.asynchronous import run
 from tests.conftest import _run
 from tests.shards import databases_like
-from tests.testapp.models import Sale, Shop
+from tests.testapp.models import Sale, Seat, Shop
 
 TEXTS = ["", "a", "A", "b", "B", "ä", "Ä", "z", "Zoe", "_", "a b", "ab", "É", "e", "10", "9", "日本", "😀"]
 #: Of which MariaDB finds no two equal.
@@ -143,7 +148,7 @@ def plain(value, exact=1e-12, within=()):
         return type(value).__name__, fields, others, related
     if isinstance(value, dict):
         return {key: plain(each, exact) for key, each in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [plain(each, exact) for each in value]
     if isinstance(value, float):
         return pytest.approx(value, rel=exact)
@@ -259,6 +264,13 @@ ASKED = {
     ),
     "intersection": lambda rows: rows.filter(number=1).intersection(rows.filter(pk__lt=40)).order_by("pk"),
     "difference": lambda rows: rows.filter(number=1).difference(rows.filter(pk__lt=40)).order_by("pk"),
+    "union, then values": lambda rows: (
+        rows.filter(number=1).union(rows.filter(pk__lt=40)).values_list("number", flat=True).order_by("-number")
+    ),
+    "union, then values with the key": lambda rows: (
+        rows.filter(number=1).union(rows.filter(pk__lt=20)).values("pk", "name").order_by("pk")
+    ),
+    "count of a union's values": lambda rows: rows.filter(number=1).union(rows.filter(pk__lt=40)).values("day").count(),
     "count of a union": lambda rows: rows.filter(number=1).union(rows.filter(pk__lt=20)).count(),
     "of related rows": lambda rows: rows.values("shop__name", "pk").order_by("shop__name", "-pk"),
     "reverse of none": lambda rows: rows.none().reverse(),
@@ -291,6 +303,15 @@ AGGREGATES = {
     },
     "default": {"a": Sum("amount", filter=Q(number=9), default=Decimal(0)), "b": Max("number", default=5)},
     "expression": {"a": Sum(F("number") * 2 + 1), "b": Max(Length("name"))},
+    "several types": {
+        "a": Sum(F("amount") * F("weight"), output_field=FloatField()),
+        "b": Avg(F("amount") * F("weight"), output_field=FloatField()),
+    },
+    "types of their own": {
+        "a": Sum("number", output_field=DecimalField()),
+        "b": Sum("amount", output_field=FloatField()),
+        "c": Max("number", output_field=FloatField()),
+    },
     "spread": {
         "a": Variance("number"),
         "b": StdDev("number"),
@@ -317,6 +338,14 @@ def test_aggregate(both, asked):
     if not fails_of_none(both, asked):
         same(both, lambda rows: rows.filter(pk=-1).aggregate(**asked))
     same(both, lambda rows: rows.filter(number__in=[1, 3]).aggregate(**asked), exact=exactness(both))
+
+
+def test_aggregate_of_what_each_row_has_of_others(both):
+    """An aggregate that is annotated is one of each row, and so of one database."""
+    sized = lambda rows: rows.annotate(n=Count("shop__name"))  # noqa: E731
+    same(both, lambda rows: sized(rows).aggregate(Sum("n"), Avg("n"), Min("n"), m=Max(F("n") * 2)))
+    with pytest.raises(FieldError, match="aggregate of an aggregate"):
+        both[1].aggregate(a=Sum(Count("pk")))
 
 
 def test_aggregate_by_its_own_name(both):
@@ -371,6 +400,33 @@ def test_groups_of_other_shapes(both):
     same(both, lambda rows: rows.values("name").annotate(n=Count("pk")).order_by("name"))
     same(both, lambda rows: rows.values("number").annotate(n=Count("pk")), ordered=False)
     same(both, lambda rows: rows.values(two=F("number") * 2).annotate(n=Count("pk")).order_by("two"))
+
+
+def test_groups_of_what_they_are_given_later(both):
+    """SQL groups by that too."""
+    sized = lambda rows: rows.values("number").annotate(n=Count("pk"))  # noqa: E731
+    found = same(both, lambda rows: sized(rows).annotate(late=F("shop__name")).order_by("number", "late"))
+    assert len(found) > 5
+    same(both, lambda rows: sized(rows).values_list("day", "n", "number").order_by("number", "day"))
+    same(both, lambda rows: sized(rows).annotate(late=TruncMonth("day")).count())
+    is_north = Exists(Shop.objects.filter(pk=OuterRef("shop"), name="north"))
+    same(both, lambda rows: rows.values(here=is_north).annotate(n=Count("pk")).order_by("here"))
+
+
+def test_one_group_of_all(both):
+    """Groups by nothing are one, of the rows of all databases."""
+    one = lambda rows: rows.values(x=Value(1)).annotate(n=Count("pk"), a=Sum("amount"), m=Max("name"))  # noqa: E731
+    assert len(same(both, one)) == 1
+    same(both, lambda rows: one(rows.filter(pk=-1)))
+
+
+def test_groups_say_where_nulls_come(both):
+    same(
+        both,
+        lambda rows: (
+            rows.values("name").annotate(a=Sum("amount")).order_by(F("a").desc(nulls_last=True), F("name").asc())
+        ),
+    )
 
 
 def test_extremes_of_groups_are_ranked_at_once(both, monkeypatch):
@@ -538,6 +594,11 @@ REFUSED = {
     "aggregate of groups": lambda rows: rows.values("number").annotate(n=Count("pk")).aggregate(m=Max("n")),
     "groups filtered by an aggregate": lambda rows: list(rows.values("number").annotate(n=Count("pk")).filter(n=1)),
     "groups of distinct": lambda rows: list(rows.values("number").annotate(n=Count("shop", distinct=True))),
+    "order of no type": lambda rows: list(rows.order_by(Coalesce("number", "name"))),
+    "groups by extra()": lambda rows: list(rows.extra(select={"n": "number"}).values("n").annotate(m=Count("pk"))),
+    "difference, then values": lambda rows: list(
+        rows.filter(number=1).difference(rows.filter(number=1, pk__lt=40)).values_list("number", flat=True)
+    ),
     "intersection of values": lambda rows: list(rows.values("number").intersection(rows.values("number"))),
     "union of slices": lambda rows: list(rows.order_by("pk")[:3].union(rows.order_by("pk")[:2])),
 }
@@ -647,6 +708,23 @@ def test_a_write_that_fails_says_what_is_done(alias, shards):
         connections[shards[1]].close()
         with connections[shards[1]].cursor() as cursor:
             cursor.execute("ALTER TABLE elsewhere RENAME TO testapp_sale")
+
+
+def test_keys_of_several_columns(default):
+    """An order by the key is one by its columns."""
+    with databases_like(default, 3, "seats", models=(Seat,)) as (one, *several):
+        seats = [Seat(row=f"r{place % 3}", number=place) for place in range(12)]
+        Seat.objects.using(one).bulk_create(seats)
+        for place, name in enumerate(several):
+            Seat.objects.using(name).bulk_create(seats[place::2])
+        both = Seat.objects.using(one), Seat.objects.across(*several)
+        same(both, lambda rows: rows.order_by("pk"))
+        same(both, lambda rows: rows.order_by("-pk")[2:7])
+        same(both, lambda rows: rows.first())
+        same(both, lambda rows: rows.last())
+        same(both, lambda rows: rows.order_by("-pk").values_list("pk", flat=True))
+        same(both, lambda rows: rows.order_by("pk").iterator(2))
+        same(both, lambda rows: rows.order_by("pk").chunked_iterator(2))
 
 
 def test_pickle_and_copies(both):
@@ -979,6 +1057,57 @@ def test_maps_in_a_coroutine(both):
     assert rows == walked == iterated == mapped == expected
     assert (number, first) == (60, expected[0])
     assert total == one.aggregate(n=Sum("number"))
+
+
+@pytest.mark.parametrize("verb", ["acount", "aexists", "aget", "afirst", "alast", "aaggregate", "ain_bulk", "loop"])
+def test_coroutines_meet_in_the_databases(both, verb, monkeypatch):
+    """Two that are gathered ask two databases each, all at once: one after the other they would wait for ever."""
+    one, several = both
+    barrier, execute = threading.Barrier(4), SQLCompiler.execute_sql
+
+    def meet(self, *args, **kwargs):
+        barrier.wait(20)
+        return execute(self, *args, **kwargs)
+
+    async def ask(pk):
+        rows = several.across(*several.aliases[:2]).filter(pk=pk).order_by("name")
+        if verb == "loop":
+            return [row.pk async for row in rows]
+        return await getattr(rows, verb)(*([Max("name")] if verb == "aaggregate" else []))
+
+    async def use():
+        return await asyncio.gather(*map(ask, keys), return_exceptions=True)
+
+    # Of both databases, and of none: no yes ends the other's query before that is asked.
+    keys = (
+        [-1, -2] if verb == "aexists" else list(Sale.objects.using(several.aliases[0]).values_list("pk", flat=True)[:2])
+    )
+    monkeypatch.setattr(SQLCompiler, "execute_sql", meet)
+    answers = run(use())
+    monkeypatch.undo()
+    rows = {row.pk: row for row in one.filter(pk__in=keys)}
+    expected = {
+        "acount": lambda key: 1,
+        "aexists": lambda key: False,
+        "aget": rows.get,
+        "afirst": rows.get,
+        "alast": rows.get,
+        "aaggregate": lambda key: {"name__max": rows[key].name},
+        "ain_bulk": lambda key: {key: rows[key]},
+        "loop": lambda key: [key],
+    }[verb]
+    assert answers == list(map(expected, keys))
+
+
+def test_started_as_it_would_be_asked(both):
+    one, several = both
+    rows, first = several.order_by("pk"), one.order_by("pk").first()
+    assert len(rows) == 60
+    assert rows.start_first().result() == first
+    with pytest.raises(errors.UnsupportedQuerySet, match="locks rows"):
+        several.select_for_update().start_get(pk=1)
+    with pytest.raises(TypeError, match="in_bulk"):
+        several[:3].start_in_bulk([1])
 
 
 ASKED_OF_ONE_WITHOUT_TABLE = {

@@ -7,6 +7,7 @@ import os
 import uuid
 from contextlib import ExitStack
 from decimal import Decimal
+from itertools import islice
 
 import pytest
 from django.db import connections
@@ -452,6 +453,16 @@ def test_the_hour_that_comes_twice(alias, four):
         same(lambda rows: list(rows.order_by("-at").values_list("pk", flat=True).iterator(1)), *both)
         same(lambda rows: list(rows.values("at").distinct().order_by("at")), *both)
         same(lambda rows: [row["n"] for row in rows.values("at").annotate(n=Count("pk")).order_by("at")], *both)
+        same(lambda rows: [row["n"] for row in rows.values("at").annotate(n=Max("pk")).order_by("-at")], *both)
+        for rows in both:
+            in_order = rows.order_by("at").values_list("pk", flat=True)
+            assert list(islice(in_order.chunked_iterator(1), 9)) == list(in_order)
+        same(lambda rows: rows.filter(pk__lt=5).aggregate(Min("at"), Max("at")), *both)
+        if connections[alias].vendor == "postgresql":
+            with pytest.raises(errors.UnsupportedQuerySet, match="an hour comes twice a year"):
+                both[1].values("at").distinct().count()
+            with pytest.raises(errors.UnsupportedQuerySet, match="an hour comes twice a year"):
+                list(both[1].values("number").annotate(m=Max("at")).order_by("m"))
         with override_settings(USE_TZ=False, TIME_ZONE="Europe/Amsterdam"):
             same(lambda rows: list(rows.order_by("at").values_list("pk", flat=True)), *both)
     finally:

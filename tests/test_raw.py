@@ -223,6 +223,29 @@ def test_connections_of_the_drivers(request, itersize, alias):
             each.close()
 
 
+@pytest.mark.parametrize("is_given", [False, True])
+def test_two_cursors_that_stream(is_given, alias):
+    """Each has all of its rows; or, where the driver has one result at a time, the second is refused meanwhile."""
+    Tag.objects.using(alias).bulk_create(Tag(name=f"t{number}") for number in range(9))
+    sql, given = "SELECT name FROM testapp_tag ORDER BY id", driver_of(alias)() if is_given else None
+    if connections[alias].vendor == "sqlite" and is_given:
+        return  # it is bound to this thread
+    with ParallelConnection([given or alias]) as connection:
+        cursor = connection.cursor(itersize=2).execute(sql)
+        found = [cursor.fetchone()]
+        if connections[alias].vendor == "mysql":
+            for other in (lambda: connection.execute(sql), connection.commit, connection.rollback):
+                with pytest.raises(errors.ConnectionMisused, match="has rows to come"):
+                    other()
+        else:
+            assert len(connection.execute(sql).fetchall()) == 9
+        assert found + cursor.fetchall() == [(f"t{number}",) for number in range(9)]
+        assert len(connection.execute(sql).fetchall()) == 9
+        connection.cursor(itersize=2).execute(sql).fetchone()  # which is let go of, with all of its rows
+    if given is not None:
+        given.close()
+
+
 def test_pools(postgres):
     """A pool may be given several times, for several connections; they come back."""
     wrapper = connections[postgres]

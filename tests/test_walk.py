@@ -541,6 +541,13 @@ def test_groups_by_another_rows_key_are_groups(articles):
         assert same(queryset, chunk_size=3)
 
 
+def test_groups_of_what_they_are_given_later(articles):
+    """SQL groups by that too, so it tells groups apart."""
+    ranks = articles.values("rank").annotate(n=Count("pk"))
+    for queryset in (ranks.annotate(late=F("name")), ranks.values("score", "n"), ranks.annotate(late=F("score") * 2)):
+        assert sorted(queryset.chunked_iterator(3), key=repr) == sorted(queryset, key=repr)
+
+
 def test_windows_in_an_order_or_in_sql_are_refused(articles):
     window = Window(RowNumber(), order_by="rank")
     with pytest.raises(errors.UnsupportedQuerySet, match="window"):
