@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from time import monotonic
 from typing import Any
@@ -18,6 +19,9 @@ from django.db.models import Case, ExpressionWrapper, Max, Min, Subquery, Value
 from django.db.models.expressions import Col, RawSQL, Ref
 from django.db.models.functions import Cast, Collate
 
+from parallel_orm.background import loop_is_running
+from parallel_orm.connections import lender
+from parallel_orm.guards import is_in_memory
 from parallel_orm.outcomes import named
 
 #: Seconds for which what a catalogue said is believed.
@@ -108,8 +112,14 @@ def _asked(alias: str, table: str | None, name: str | None) -> Collation:
 
 
 def ask(alias: str, question: str, values: list[Any]) -> list[Any]:
-    """Ask a database something on the driver's own cursor of the caller's connection: it is no query of the user's."""
+    """Ask a database something on the driver's own cursor of the caller's connection: it is no query of the user's.
+
+    In a coroutine, which may not use that, on another one; the event loop waits for it.
+    """
     connection: Any = connections[alias]
+    if loop_is_running() and not is_in_memory(connection):
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(_ask_on_lent, alias, question, values).result()
     if connection.vendor == "sqlite":
         question = question.replace("%s", "?")
     with named(alias), connection.wrap_database_errors:
@@ -120,6 +130,11 @@ def ask(alias: str, question: str, values: list[Any]) -> list[Any]:
             return list(cursor.fetchall())
         finally:
             cursor.close()
+
+
+def _ask_on_lent(alias: str, question: str, values: list[Any]) -> list[Any]:
+    with lender.lent(alias):
+        return ask(alias, question, values)
 
 
 # --- What the catalogues say -------------------------------------------------------------

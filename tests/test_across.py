@@ -1099,6 +1099,22 @@ def test_coroutines_meet_in_the_databases(both, verb, monkeypatch):
     assert answers == list(map(expected, keys))
 
 
+def test_started_in_a_coroutine(both):
+    """Where nothing is known of the collations yet: the catalogues are asked in another thread."""
+    one, several = both
+
+    async def use():
+        collations._known.clear()
+        rows = several.order_by("name", "pk").start_fetch()
+        collations._known.clear()
+        first = await several.order_by("-name", "pk").start_first()
+        return [row async for row in rows], first
+
+    rows, first = run(use())
+    assert plain(rows) == plain(list(one.order_by("name", "pk")))
+    assert plain(first) == plain(one.order_by("-name", "pk").first())
+
+
 def test_started_as_it_would_be_asked(both):
     one, several = both
     rows, first = several.order_by("pk"), one.order_by("pk").first()
