@@ -12,6 +12,7 @@ from base64 import b64decode, b64encode
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from uuid import uuid4
 from zlib import compress, decompress
 
 import cloudpickle
@@ -334,6 +335,99 @@ def test_two_databases_of_one_server_are_two(postgres, monkeypatch):
     assert value_of("database", postgres) != value
     monkeypatch.undo()
     forgotten(postgres)
+
+
+def say(alias, *statements):
+    with connections[alias].cursor() as cursor:
+        for statement in statements:
+            cursor.execute(statement)
+
+
+@pytest.fixture
+def user(postgres):
+    """Yield the name of another user of the server, whose password it is too; a schema may be called so."""
+    name = f"user_{uuid4().hex[:12]}"
+    say(postgres, f"CREATE ROLE {name} LOGIN PASSWORD '{name}'")
+    yield name
+    forgotten(postgres)
+    say(postgres, f"DROP SCHEMA IF EXISTS {name} CASCADE", f"DROP ROLE {name}")
+
+
+@pytest.fixture
+def value_elsewhere(postgres, user, monkeypatch):
+    """What another process says of the database, whose settings are others."""
+
+    def value(*, by=None, **options):
+        with monkeypatch.context() as patch:
+            ours = connections.settings[postgres]
+            patch.setitem(ours, "OPTIONS", {**ours.get("OPTIONS", {}), **options})
+            if by is not None:
+                patch.setitem(ours, "USER", by)
+                patch.setitem(ours, "PASSWORD", by)
+            forgotten(postgres)
+            found = value_of("database", postgres)
+        forgotten(postgres)
+        return found
+
+    return value
+
+
+OWN_SCHEMA = "CREATE SCHEMA {0}; GRANT USAGE ON SCHEMA {0} TO {0}"
+
+
+@pytest.mark.parametrize(
+    ("statement", "how"),
+    [
+        (OWN_SCHEMA, {"options": "-c search_path={0},public"}),
+        (OWN_SCHEMA, {"options": "-c search_path={0}"}),
+        (OWN_SCHEMA, {"options": '-c search_path=public,"{0}"'}),
+        (OWN_SCHEMA, {"by": "{0}"}),
+        (OWN_SCHEMA, {"assume_role": "{0}"}),
+        (OWN_SCHEMA + "; ALTER ROLE {0} SET search_path = Public, {0}", {"by": "{0}"}),
+        ("ALTER ROLE {0} SET search_path = ''", {"by": "{0}"}),
+    ],
+)
+def test_other_schemas_of_the_same_database(value_elsewhere, postgres, user, statement, how):
+    """Their tables have the same names, and other rows."""
+    claim = "database", postgres, value_of("database", postgres)
+    say(postgres, statement.format(user))
+    refuse_another_world([claim])
+    value = value_elsewhere(**{key: each.format(user) for key, each in how.items()})
+    with pytest.raises(errors.AnotherWorld) as caught:
+        refuse_another_world([(*claim[:2], value)])
+    assert caught.value.differences == [f"the search_path of the database {postgres} is another"]
+
+
+@pytest.mark.parametrize(
+    ("statement", "how"),
+    [
+        ("SELECT 1", {"by": "{0}"}),
+        ("CREATE SCHEMA {0}", {"by": "{0}"}),  # and may not use it
+        (OWN_SCHEMA, {"options": '-c search_path=nowhere,PUBLIC,"of,\\ ""it""",public'}),
+    ],
+)
+def test_the_same_schemas_in_other_words(value_elsewhere, postgres, user, statement, how):
+    """One that is not there, or not to be used, hides no table."""
+    say(postgres, statement.format(user))
+    value = value_elsewhere(**{key: each.format(user) for key, each in how.items()})
+    assert value == value_of("database", postgres)
+
+
+def test_a_schema_of_an_odd_name(value_elsewhere, postgres):
+    say(postgres, 'CREATE SCHEMA "Of, ""it"""')
+    try:
+        assert value_elsewhere(options='-c search_path="Of,\\ ""it""",public') != value_of("database", postgres)
+    finally:
+        say(postgres, 'DROP SCHEMA "Of, ""it"""')
+
+
+@pytest.mark.parametrize("statement", ["SET search_path = {0}", "SET ROLE {0}", "SET SESSION AUTHORIZATION {0}"])
+def test_what_a_session_was_given_is_no_difference(postgres, user, statement):
+    """It goes along with the call."""
+    say(postgres, OWN_SCHEMA.format(user))
+    value = value_of("database", postgres)
+    say(postgres, statement.format(user))
+    assert value_of("database", postgres) == value
 
 
 def test_a_vendor_that_is_not_known_is_told_by_its_settings(default, monkeypatch):
