@@ -143,8 +143,9 @@ def _of_migrations(label: str) -> str:
 
 @cache
 def _of_model(label: str) -> str:
-    fields = apps.get_model(label)._meta.concrete_fields
-    return _digest(*((field.attname, field.column, field.get_internal_type()) for field in fields))
+    fields = apps.get_model(label)._meta.concrete_fields  # some are in the tables of its parents
+    columns = ((each.model._meta.db_table, each.attname, each.column, each.get_internal_type()) for each in fields)
+    return _digest(*columns)
 
 
 @cache

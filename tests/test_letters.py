@@ -34,7 +34,7 @@ from parallel_orm.task import Job
 from parallel_orm.work import Apply
 from parallel_orm.workers import Crew
 from tests import functions
-from tests.testapp.models import Article
+from tests.testapp.models import Article, Pizzeria, Place, RankedArticle, Restaurant
 
 SECRET = "nobody-knows-this-key"
 PASSWORD = "nobody-knows-this-password"
@@ -596,6 +596,22 @@ def test_models(monkeypatch):
     assert value_of("model", "testapp.Article") != value
     proof._of_model.cache_clear()
     assert value_of("model", "testapp.NoSuch") == ABSENT
+
+
+@pytest.mark.parametrize(
+    ("model", "of"),
+    [(Article, Article), (RankedArticle, Article), (Pizzeria, Pizzeria), (Pizzeria, Restaurant), (Pizzeria, Place)],
+    ids=["its own", "a proxy's", "a child's own", "its parent's", "a grandparent's"],
+)
+def test_the_tables_of_a_model(monkeypatch, model, of):
+    """A worker whose model has the same columns in another table has other rows."""
+    label = model._meta.label
+    proof._of_model.cache_clear()
+    value = value_of("model", label)
+    proof._of_model.cache_clear()
+    monkeypatch.setattr(of._meta, "db_table", "elsewhere")
+    assert value_of("model", label) != value
+    proof._of_model.cache_clear()
 
 
 # --- A process without Django -----------------------------------------------------------
