@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
 import subprocess
 import sys
 import threading
+import weakref
 from base64 import b64decode, b64encode
 from dataclasses import replace
 from functools import partial
@@ -24,10 +26,11 @@ from django.test import override_settings
 from django.utils import timezone, translation
 
 import parallel_orm
-from parallel_orm import errors, letters, proof
+from parallel_orm import errors, letters, parcels, proof, workers
 from parallel_orm.chunks import Chunk
 from parallel_orm.letters import Letter, run_letter
-from parallel_orm.parcels import Parcel, dumps
+from parallel_orm.opened import MOST_JOBS
+from parallel_orm.parcels import Parcel, dumps, end_of_call
 from parallel_orm.proof import ABSENT, claims, module_of, refuse_another_world, value_of
 from parallel_orm.seals import sealed, unsealed
 from parallel_orm.task import Job
@@ -57,9 +60,11 @@ def content_of(letter):
 
 @pytest.fixture(autouse=True)
 def _none_is_open():
-    letters._opened.clear()
+    for opened in (letters._opened, parcels._opened):
+        opened.clear()
     yield
-    letters._opened.clear()
+    for opened in (letters._opened, parcels._opened):
+        opened.clear()
 
 
 # --- Seals ------------------------------------------------------------------------------
@@ -106,9 +111,69 @@ def test_a_letter_is_opened_once(default, by_value):
     outcome = run_letter(letter, Chunk(0, default), rests=True)
     assert outcome.error is None
     assert outcome.result() == [0, 1, 2]
-    for _ in range(letters.OPEN_PARCELS + 3):
+    for _ in range(MOST_JOBS + 3):
         letter_of(written, by_value=by_value).open()
-    assert len(letters._opened) == letters.OPEN_PARCELS
+    assert len(letters._opened) == MOST_JOBS
+
+
+class Large:
+    """What a function closes over."""
+
+    def __init__(self, size):
+        self.content = bytes(size)
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self.there.append(weakref.ref(self))
+
+    there: list[weakref.ref] = []
+
+
+def opened_large(write, alias, *sizes):
+    """Open a job for each of these sizes; return the sizes of those that are kept."""
+    Large.there.clear()
+    for large in map(Large, sizes):
+        write(job(alias, lambda row, large=large: row)).open()
+    gc.collect()
+    return [len(each().content) for each in Large.there if each() is not None]
+
+
+MB = 2**20
+
+
+@pytest.mark.parametrize("write", [letter_of, Parcel.of], ids=["letter", "parcel"])
+def test_of_large_jobs_few_are_kept(default, write):
+    """Nobody tells a process when their calls end, so it would hold them for ever. How they compress is no matter."""
+    assert opened_large(write, default, *[20 * MB] * 5) == [20 * MB] * 3
+    assert opened_large(write, default, 20 * MB, MB, 90 * MB) == [90 * MB], "the newest is kept, as it is at work"
+    assert opened_large(write, default, MB, 2 * MB) == [MB, 2 * MB]
+
+
+def test_a_job_that_is_at_work_outlasts_those_that_are_not(default):
+    working = letter_of(job(default))
+    opened = working.open()
+    for _ in range(40):
+        letter_of(job(default)).open()
+        assert working.open() is opened
+
+
+def test_processes_of_ours_keep_what_they_were_not_told_to_forget(default, monkeypatch):
+    monkeypatch.setattr(workers, "slot", 0)
+    parcel = Parcel.of(job(default))
+    opened = parcel.open()
+    assert opened_large(Parcel.of, default, *[20 * MB] * 5) == [20 * MB] * 5
+    assert parcel.open() is opened
+    end_of_call(parcel.name)
+    assert parcel.open() is not opened
+
+
+def test_the_text_of_a_letter_is_not_kept(default):
+    """Beside what was made of it."""
+    letter = letter_of(job(default))
+    before = sys.getrefcount(letter.text)
+    letter.open()
+    after = sys.getrefcount(letter.text)
+    assert after == before
 
 
 @both
