@@ -11,9 +11,9 @@ import os
 import pickle
 import threading
 from base64 import b64decode, b64encode
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from typing import Any
 from uuid import uuid4
 from zlib import compress, decompress
@@ -25,8 +25,9 @@ from django.conf import settings
 from parallel_orm import errors, wire
 from parallel_orm.capsule import Locale
 from parallel_orm.chunks import Chunk
+from parallel_orm.opened import Opened
 from parallel_orm.outcomes import Outcome, packing
-from parallel_orm.parcels import OPEN_PARCELS, dumps, run_parcel, that_cannot_travel
+from parallel_orm.parcels import dumps, run_parcel, that_cannot_travel
 from parallel_orm.proof import claims, refuse_another_world
 from parallel_orm.seals import sealed, unsealed
 from parallel_orm.task import Job
@@ -65,21 +66,23 @@ class Letter:
         :raises NotSealed: it is of nobody who knows this project's ``SECRET_KEY``.
         :raises AnotherWorld: something that was claimed is not so here.
         """
+        name = sha256(self.text.encode()).hexdigest()
         with _opening:
-            if self.text not in _opened:
+            opened = _opened.get(name)
+            if opened is None:
                 set_up()
                 told = json.loads(unsealed(self.text))
                 refuse_another_world(told["claims"])
                 data = decompress(b64decode(told["job"]))
-                _opened[self.text] = pickle.loads(data) if self.by_value else wire.read(data.decode())
-                while len(_opened) > OPEN_PARCELS:
-                    _opened.popitem(last=False)
-            return _opened[self.text]
+                opened = pickle.loads(data) if self.by_value else wire.read(data.decode())
+                _opened.keep(name, opened, len(data))
+                _opened.forget_oldest()
+            return opened
 
 
 #: An engine's process may work with several threads.
 _opening = threading.Lock()
-_opened: OrderedDict[str, Job] = OrderedDict()
+_opened: Opened[Job] = Opened()
 
 
 def set_up() -> None:

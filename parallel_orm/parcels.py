@@ -8,7 +8,6 @@ import os
 import pickle
 import sys
 import threading
-from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
@@ -23,6 +22,7 @@ from parallel_orm import errors, workers
 from parallel_orm.capsule import World
 from parallel_orm.chunks import Chunk
 from parallel_orm.connections import interrupt, lender
+from parallel_orm.opened import Opened
 from parallel_orm.outcomes import Outcome, note
 from parallel_orm.task import Job, Task, see_off
 from parallel_orm.work import name_of
@@ -58,25 +58,23 @@ class Parcel:
 
     def open(self) -> Job:
         """Return the job, in a process that is a Django process from now on."""
-        if self.name not in _opened:
+        opened = _opened.get(self.name)
+        if opened is None:
             try:
                 world: World = pickle.loads(self.world)
                 world.enter()
-                _opened[self.name] = pickle.loads(self.job)
+                opened = pickle.loads(self.job)
             except Exception as error:  # Django cannot be set up twice, so it is not tried again
-                _opened[self.name] = error
-            while workers.slot is None and len(_opened) > OPEN_PARCELS:
-                _opened.popitem(last=False)
-        opened = _opened[self.name]
+                opened = error
+            _opened.keep(self.name, opened, len(self.job))
+            if workers.slot is None:  # it is of somebody else's executor: those of ours are told when calls end
+                _opened.forget_oldest()
         if isinstance(opened, Exception):
             raise opened
         return opened
 
 
-#: Jobs that a process of somebody else's executor keeps unpacked, as nobody tells it when their calls end: as many as
-#: are likely to share it at once. Those of ours are told.
-OPEN_PARCELS = 16
-_opened: OrderedDict[str, Job | Exception] = OrderedDict()
+_opened: Opened[Job | Exception] = Opened()
 
 
 _BY_NAME = (("django.conf", "settings"), ("django.db", "connections"), ("django.core.cache", "caches"))
@@ -170,7 +168,7 @@ def run_in_time(task: Task, wrapper: BaseDatabaseWrapper) -> Outcome:
 
 def end_of_call(name: str) -> list[Any]:
     """In a worker process, where it has worked for a call: forget all of it; return what its ``end_hook`` returns."""
-    job = _opened.pop(name, None)
+    job = _opened.pop(name)
     if not isinstance(job, Job) or job.crew is None:
         return []
     return job.capsule.run(see_off, job, job.crew.leave)

@@ -10,6 +10,7 @@ call themselves.
 from __future__ import annotations
 
 import os
+import re
 import sys
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
@@ -95,6 +96,8 @@ def _told(claim: Claim, here: str) -> str:
         return f"the {what} is not there"
     if here.startswith(STALE):
         return f"the {what} was changed since this worker loaded it"
+    if claim.kind == "database" and here.partition("/")[0] == claim.value.partition("/")[0]:
+        return f"the search_path of the {what} is another"
     if claim.kind in _IN_WORDS:
         return f"{what} is {here}, and {claim.value} for the caller"
     return f"the {what} is another"
@@ -140,8 +143,9 @@ def _of_migrations(label: str) -> str:
 
 @cache
 def _of_model(label: str) -> str:
-    fields = apps.get_model(label)._meta.concrete_fields
-    return _digest(*((field.attname, field.column, field.get_internal_type()) for field in fields))
+    fields = apps.get_model(label)._meta.concrete_fields  # some are in the tables of its parents
+    columns = ((each.model._meta.db_table, each.attname, each.column, each.get_internal_type()) for each in fields)
+    return _digest(*columns)
 
 
 @cache
@@ -242,7 +246,8 @@ def _of_database(alias: str) -> str:
     connection: Any = connections[alias]
     was_open = connection.connection is not None
     try:
-        return _digest(connection.vendor, *_PLACES.get(connection.vendor, _by_settings)(connection))
+        place = _digest(connection.vendor, *_PLACES.get(connection.vendor, _by_settings)(connection))
+        return f"{place}/{_digest(*_schemas(connection))}" if connection.vendor == "postgresql" else place
     finally:
         if not was_open:
             connection.close()
@@ -265,6 +270,34 @@ def _in_postgresql(connection: Any) -> Iterable[object]:
         (name,) = cursor.fetchone()
         cursor.execute("SELECT oid, datname FROM pg_database WHERE datname = current_database()")
         return name, *cursor.fetchone()
+
+
+def _schemas(connection: Any) -> Iterable[str]:
+    """Where PostgreSQL looks for a table, by what a connection has from its beginning, by settings or by its user.
+
+    What a session, or a tenant, has set since then goes along with the call. As the server does it: "$user" is a schema
+    of the user's name, and one that is not there, or may not be used, is passed over.
+    """
+    with connection.connection.cursor() as cursor:
+        cursor.execute(
+            "SELECT reset_val, pg_get_userbyid(usesysid) FROM pg_settings, pg_stat_get_activity(pg_backend_pid())"
+            " WHERE pg_settings.name = 'search_path'"
+        )
+        path, user = cursor.fetchone()
+        user = connection.settings_dict["OPTIONS"].get("assume_role", user)
+        names = [quoted.replace('""', '"') or plain.lower() for quoted, plain in _IN_PATH.findall(path)]
+        names = [user if name == "$user" else name for name in names]
+        cursor.execute(
+            "SELECT nspname FROM pg_namespace"
+            " WHERE nspname = ANY(%s::name[]) AND has_schema_privilege(%s::name, oid, 'USAGE')",
+            [names, user],
+        )
+        found = {name for (name,) in cursor.fetchall()}
+        return [name for name in dict.fromkeys(names) if name in found]
+
+
+#: A name in a search_path: as it is, or in quotation marks, of which those within are doubled.
+_IN_PATH = re.compile(r'"((?:[^"]|"")*)"|([^\s,"]+)')
 
 
 def _in_mysql(connection: Any) -> Iterable[object]:

@@ -131,7 +131,8 @@ class _Writer:
         made = [self.write(function), self._all(args)]
         self._unmade.remove(id(value))
         made += [self._all(items), [self._all(pair) for pair in pairs], self.write(state), self.write(setter)]
-        while made[-1] in (None, []) and len(made) > 2:
+        nothing: list[Any] = [[], [], None, None]  # a state that is [] is one, and was numbered
+        while nothing and made[-1] == nothing.pop():
             made.pop()
         return {"make": made}
 
@@ -214,10 +215,8 @@ class _Reader:
             found.append(self.read(item))
         self._fill(found, pairs)
         state, setter = self.read(state), self.read(setter)
-        if setter is not None:
-            setter(found, state)
-        elif state is not None:
-            _set_state(found, state)
+        if state is not None:
+            (_set_state if setter is None else setter)(found, state)
         return found
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
 import subprocess
 import sys
 import threading
+import weakref
 from base64 import b64decode, b64encode
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from uuid import uuid4
 from zlib import compress, decompress
 
 import cloudpickle
@@ -23,17 +26,18 @@ from django.test import override_settings
 from django.utils import timezone, translation
 
 import parallel_orm
-from parallel_orm import errors, letters, proof
+from parallel_orm import errors, letters, parcels, proof, workers
 from parallel_orm.chunks import Chunk
 from parallel_orm.letters import Letter, run_letter
-from parallel_orm.parcels import Parcel, dumps
+from parallel_orm.opened import KEPT_JOBS
+from parallel_orm.parcels import Parcel, dumps, end_of_call
 from parallel_orm.proof import ABSENT, claims, module_of, refuse_another_world, value_of
 from parallel_orm.seals import sealed, unsealed
 from parallel_orm.task import Job
 from parallel_orm.work import Apply
 from parallel_orm.workers import Crew
 from tests import functions
-from tests.testapp.models import Article
+from tests.testapp.models import Article, Pizzeria, Place, RankedArticle, Restaurant
 
 SECRET = "nobody-knows-this-key"
 PASSWORD = "nobody-knows-this-password"
@@ -56,9 +60,11 @@ def content_of(letter):
 
 @pytest.fixture(autouse=True)
 def _none_is_open():
-    letters._opened.clear()
+    for opened in (letters._opened, parcels._opened):
+        opened.clear()
     yield
-    letters._opened.clear()
+    for opened in (letters._opened, parcels._opened):
+        opened.clear()
 
 
 # --- Seals ------------------------------------------------------------------------------
@@ -105,9 +111,69 @@ def test_a_letter_is_opened_once(default, by_value):
     outcome = run_letter(letter, Chunk(0, default), rests=True)
     assert outcome.error is None
     assert outcome.result() == [0, 1, 2]
-    for _ in range(letters.OPEN_PARCELS + 3):
+    for _ in range(KEPT_JOBS + 3):
         letter_of(written, by_value=by_value).open()
-    assert len(letters._opened) == letters.OPEN_PARCELS
+    assert len(letters._opened) == KEPT_JOBS
+
+
+class Large:
+    """What a function closes over."""
+
+    def __init__(self, size):
+        self.content = bytes(size)
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self.there.append(weakref.ref(self))
+
+    there: list[weakref.ref] = []
+
+
+def opened_large(write, alias, *sizes):
+    """Open a job for each of these sizes; return the sizes of those that are kept."""
+    Large.there.clear()
+    for large in map(Large, sizes):
+        write(job(alias, lambda row, large=large: row)).open()
+    gc.collect()
+    return [len(each().content) for each in Large.there if each() is not None]
+
+
+MB = 2**20
+
+
+@pytest.mark.parametrize("write", [letter_of, Parcel.of], ids=["letter", "parcel"])
+def test_of_large_jobs_few_are_kept(default, write):
+    """Nobody tells a process when their calls end, so it would hold them for ever. How they compress is no matter."""
+    assert opened_large(write, default, *[20 * MB] * 5) == [20 * MB] * 3
+    assert opened_large(write, default, 20 * MB, MB, 90 * MB) == [90 * MB], "the newest is kept, as it is at work"
+    assert opened_large(write, default, MB, 2 * MB) == [MB, 2 * MB]
+
+
+def test_a_job_that_is_at_work_outlasts_those_that_are_not(default):
+    working = letter_of(job(default))
+    opened = working.open()
+    for _ in range(40):
+        letter_of(job(default)).open()
+        assert working.open() is opened
+
+
+def test_processes_of_ours_keep_what_they_were_not_told_to_forget(default, monkeypatch):
+    monkeypatch.setattr(workers, "slot", 0)
+    parcel = Parcel.of(job(default))
+    opened = parcel.open()
+    assert opened_large(Parcel.of, default, *[20 * MB] * 5) == [20 * MB] * 5
+    assert parcel.open() is opened
+    end_of_call(parcel.name)
+    assert parcel.open() is not opened
+
+
+def test_the_text_of_a_letter_is_not_kept(default):
+    """Beside what was made of it."""
+    letter = letter_of(job(default))
+    before = sys.getrefcount(letter.text)
+    letter.open()
+    after = sys.getrefcount(letter.text)
+    assert after == before
 
 
 @both
@@ -336,6 +402,99 @@ def test_two_databases_of_one_server_are_two(postgres, monkeypatch):
     forgotten(postgres)
 
 
+def say(alias, *statements):
+    with connections[alias].cursor() as cursor:
+        for statement in statements:
+            cursor.execute(statement)
+
+
+@pytest.fixture
+def user(postgres):
+    """Yield the name of another user of the server, whose password it is too; a schema may be called so."""
+    name = f"user_{uuid4().hex[:12]}"
+    say(postgres, f"CREATE ROLE {name} LOGIN PASSWORD '{name}'")
+    yield name
+    forgotten(postgres)
+    say(postgres, f"DROP SCHEMA IF EXISTS {name} CASCADE", f"DROP ROLE {name}")
+
+
+@pytest.fixture
+def value_elsewhere(postgres, user, monkeypatch):
+    """What another process says of the database, whose settings are others."""
+
+    def value(*, by=None, **options):
+        with monkeypatch.context() as patch:
+            ours = connections.settings[postgres]
+            patch.setitem(ours, "OPTIONS", {**ours.get("OPTIONS", {}), **options})
+            if by is not None:
+                patch.setitem(ours, "USER", by)
+                patch.setitem(ours, "PASSWORD", by)
+            forgotten(postgres)
+            found = value_of("database", postgres)
+        forgotten(postgres)
+        return found
+
+    return value
+
+
+OWN_SCHEMA = "CREATE SCHEMA {0}; GRANT USAGE ON SCHEMA {0} TO {0}"
+
+
+@pytest.mark.parametrize(
+    ("statement", "how"),
+    [
+        (OWN_SCHEMA, {"options": "-c search_path={0},public"}),
+        (OWN_SCHEMA, {"options": "-c search_path={0}"}),
+        (OWN_SCHEMA, {"options": '-c search_path=public,"{0}"'}),
+        (OWN_SCHEMA, {"by": "{0}"}),
+        (OWN_SCHEMA, {"assume_role": "{0}"}),
+        (OWN_SCHEMA + "; ALTER ROLE {0} SET search_path = Public, {0}", {"by": "{0}"}),
+        ("ALTER ROLE {0} SET search_path = ''", {"by": "{0}"}),
+    ],
+)
+def test_other_schemas_of_the_same_database(value_elsewhere, postgres, user, statement, how):
+    """Their tables have the same names, and other rows."""
+    claim = "database", postgres, value_of("database", postgres)
+    say(postgres, statement.format(user))
+    refuse_another_world([claim])
+    value = value_elsewhere(**{key: each.format(user) for key, each in how.items()})
+    with pytest.raises(errors.AnotherWorld) as caught:
+        refuse_another_world([(*claim[:2], value)])
+    assert caught.value.differences == [f"the search_path of the database {postgres} is another"]
+
+
+@pytest.mark.parametrize(
+    ("statement", "how"),
+    [
+        ("SELECT 1", {"by": "{0}"}),
+        ("CREATE SCHEMA {0}", {"by": "{0}"}),  # and may not use it
+        (OWN_SCHEMA, {"options": '-c search_path=nowhere,PUBLIC,"of,\\ ""it""",public'}),
+    ],
+)
+def test_the_same_schemas_in_other_words(value_elsewhere, postgres, user, statement, how):
+    """One that is not there, or not to be used, hides no table."""
+    say(postgres, statement.format(user))
+    value = value_elsewhere(**{key: each.format(user) for key, each in how.items()})
+    assert value == value_of("database", postgres)
+
+
+def test_a_schema_of_an_odd_name(value_elsewhere, postgres):
+    say(postgres, 'CREATE SCHEMA "Of, ""it"""')
+    try:
+        assert value_elsewhere(options='-c search_path="Of,\\ ""it""",public') != value_of("database", postgres)
+    finally:
+        say(postgres, 'DROP SCHEMA "Of, ""it"""')
+
+
+@pytest.mark.parametrize("statement", ["SET search_path = {0}", "SET ROLE {0}", "SET SESSION AUTHORIZATION {0}"])
+def test_what_a_session_was_given_is_no_difference(postgres, user, statement):
+    """It goes along with the call."""
+    say(postgres, OWN_SCHEMA.format(user))
+    value = value_of("database", postgres)
+    say(postgres, statement.format(user))
+    assert value_of("database", postgres) == value
+
+
 def test_a_vendor_that_is_not_known_is_told_by_its_settings(default, monkeypatch):
     monkeypatch.setattr(connections[default], "vendor", "oracle")
     value = value_of("database", default)
@@ -502,6 +661,22 @@ def test_models(monkeypatch):
     assert value_of("model", "testapp.Article") != value
     proof._of_model.cache_clear()
     assert value_of("model", "testapp.NoSuch") == ABSENT
+
+
+@pytest.mark.parametrize(
+    ("model", "of"),
+    [(Article, Article), (RankedArticle, Article), (Pizzeria, Pizzeria), (Pizzeria, Restaurant), (Pizzeria, Place)],
+    ids=["its own", "a proxy's", "a child's own", "its parent's", "a grandparent's"],
+)
+def test_the_tables_of_a_model(monkeypatch, model, of):
+    """A worker whose model has the same columns in another table has other rows."""
+    label = model._meta.label
+    proof._of_model.cache_clear()
+    value = value_of("model", label)
+    proof._of_model.cache_clear()
+    monkeypatch.setattr(of._meta, "db_table", "elsewhere")
+    assert value_of("model", label) != value
+    proof._of_model.cache_clear()
 
 
 # --- A process without Django -----------------------------------------------------------

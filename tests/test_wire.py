@@ -9,6 +9,7 @@ import json
 import pickle
 import re
 import threading
+import types
 import uuid
 from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
 from dataclasses import dataclass, field
@@ -249,6 +250,99 @@ def test_defaults_and_partials():
     assert through(functions.Methods(3).method)(Article(rank=2)) == 6
     assert through(attrgetter("rank"))(Article(rank=2)) == 2
     assert through("abc".upper)() == "ABC"
+
+
+class Parts:
+    """Says that it is made of whatever an object may be made of; notes what it is given."""
+
+    def __init__(self, *args, state=None, items=(), pairs=(), setter=None):
+        self.args, self.said, self.given = args, (state, items, pairs, setter), []
+
+    def __reduce__(self):
+        state, items, pairs, setter = self.said
+        return Parts, self.args, state, iter(items), iter(pairs), setter
+
+    def append(self, item):
+        self.given.append(("item", item))
+
+    def __setitem__(self, key, value):
+        self.given.append((key, value))
+
+    def __setstate__(self, state):
+        self.given.append(("state", state))
+
+
+def set_on(parts, state):
+    parts.given.append(("set", state))
+
+
+class Listed(list):
+    """Has a state of its own beside its items."""
+
+    state: object = None
+
+    def __getstate__(self):
+        return self.state
+
+    def __setstate__(self, state):
+        self.state = ("set", state)
+
+
+class Mapped(dict):
+    state: object = None
+    __getstate__, __setstate__ = Listed.__getstate__, Listed.__setstate__
+
+
+def shape(value, numbers=None, kept=None):
+    """Return what a value is made of, with a number for each object, so that those that are one are seen to be."""
+    numbers, kept = ({}, []) if numbers is None else (numbers, kept)
+    parts = [shape(each, numbers, kept) for each in value] if type(value) is tuple else None
+    if parts is not None or value is None or isinstance(value, str | int | types.FunctionType):
+        return type(value).__name__, parts or repr(value)
+    if id(value) in numbers:
+        return numbers[id(value)]
+    numbers[id(value)] = len(numbers)
+    kept.append(value)  # so that its id stays its own
+    within = [*value.items()] if isinstance(value, dict) else [*value] if isinstance(value, list) else []
+    of_it = [within, *getattr(value, "__dict__", {}).items()]
+    return numbers[id(value)], type(value).__name__, [shape(each, numbers, kept) for each in map(tuple, of_it)]
+
+
+@st.composite
+def objects(draw):
+    """Objects whose parts are few, and so often the same one, or nothing in each way there is."""
+    several = [[], {}, (), None, False, 0, "", [1], {"n": 1}, {1: 2}]
+
+    def parts(most):
+        return [draw(st.sampled_from(several)) for _ in range(draw(st.integers(0, most)))]
+
+    for _ in range(draw(st.integers(1, 6))):
+        items, pairs = parts(2), [*enumerate(parts(2))]
+        made = draw(st.sampled_from([Parts(*items), Listed(items), Mapped(pairs), Node("node", items)]))
+        several += [made, [made]]
+        (state,) = parts(1) or [None]  # its own, perhaps
+        if type(made) is Parts:
+            made.said = state, items, pairs, draw(st.sampled_from([None, set_on]))
+        elif type(made) is not Node:
+            made.state = state
+    return [*several, *reversed(several)]
+
+
+@given(objects())
+def test_objects_of_every_kind_are_as_pickle_has_them(value):
+    """Both sides number what comes again: a part that one skips would make it another object."""
+    assert shape(through(value)) == shape(pickle.loads(pickle.dumps(value)))
+
+
+@pytest.mark.parametrize("state", [[], {}, (), None, False, 0, ""], ids=repr)
+@pytest.mark.parametrize("setter", [None, set_on])
+def test_a_state_of_nothing(state, setter):
+    """It is one too, and what comes again behind it is itself."""
+    node, other = Node("node"), Node("other")
+    found, *rest = through([Parts(state=state, setter=setter), node, other, node])
+    assert found.given == ([] if state is None else [("set" if setter else "state", state)])
+    assert rest == [node, other, node]
+    assert rest[0] is rest[2]
 
 
 # --- Django's ---------------------------------------------------------------------------
