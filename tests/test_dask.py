@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import subprocess
 import sys
 import threading
+from concurrent.futures import wait
 from functools import partial
 from pathlib import Path
 from time import monotonic
@@ -257,6 +259,31 @@ def test_no_worker(articles, monkeypatch):
                 cluster.scale(1)
                 thread.join(WAIT)
             assert found == list(range(30))
+
+
+def test_what_was_given_up_is_over(threads, gate, caplog):
+    """Its task may be heard of later: nobody minds, and nothing of it is left at the scheduler."""
+    executor = dask.DaskExecutor(threads, waits=True)
+    given_up, alive = (executor.submit(executor.once(gate), Article(rank=n)) for n in (1, 2))
+    gate.wait_for(2)
+    dask._set(given_up, error=errors.engine_lost("Dask's scheduler"))
+    gate.opened.set()
+    assert alive.result(WAIT) == 2
+    with pytest.raises(errors.EngineUnavailable):
+        given_up.result()
+    until(lambda: events_of(threads) == 0, message="what marked them is taken away")
+    assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
+
+
+def test_what_is_cancelled_counts_as_done_for_those_that_wait(threads, gate):
+    """Whether it was sent already, or is to be, or never will."""
+    executor = dask.DaskExecutor(threads, most=2)
+    futures = [executor.submit(gate, Article(rank=n)) for n in (1, 2, 3, 4)]
+    gate.wait_for(2)
+    for future in futures[1:]:
+        assert future.cancel()
+    gate.opened.set()
+    assert wait(futures, WAIT).not_done == set()
 
 
 def test_the_scheduler_goes_in_the_middle_and_comes_back(articles, tmp_path):

@@ -123,7 +123,7 @@ class DaskExecutor(Executor):
                 if not self._waiting or (self._most is not None and len(self._flying) >= self._most):
                     return
                 here, call = self._waiting.popleft()
-                if here.cancelled() or (self._waits and not here.set_running_or_notify_cancel()):
+                if (self._waits or here.cancelled()) and not here.set_running_or_notify_cancel():
                     continue
                 self._flying[here] = None  # its place is taken
             try:
@@ -208,17 +208,15 @@ class DaskExecutor(Executor):
     def _lose(self, error: errors.EngineUnavailable, flying: Iterable[Future[Any]]) -> None:
         """Have this become of what waits here to be sent, and of these."""
         with self._lock:
-            waiting = [here for here, _ in self._waiting]
+            waiting = [here for here, _ in self._waiting if here.set_running_or_notify_cancel()]
             self._waiting.clear()
         for here in (*flying, *waiting):
             _set(here, error=error)
 
 
 def _set(future: Future[Any], result: Any = None, error: BaseException | None = None) -> None:
-    """Have a future done, unless it is."""
+    """Have a future done, unless it is: somebody cancelled it, or all were lost."""
     with suppress(InvalidStateError):
-        if not (future.running() or future.set_running_or_notify_cancel()):
-            return
         if error is None:
             future.set_result(result)
         else:
@@ -227,6 +225,8 @@ def _set(future: Future[Any], result: Any = None, error: BaseException | None = 
 
 def _let_go(there: Any, here: Future[Any]) -> None:
     """Have the scheduler forget a task of which nobody wants to hear."""
+    if here.cancelled():
+        here.set_running_or_notify_cancel()  # those who wait() for several hear of it
     there.release()
 
 
