@@ -12,6 +12,7 @@ from concurrent.futures import wait
 from functools import partial
 from pathlib import Path
 from time import monotonic
+from types import SimpleNamespace
 
 import pytest
 from django.db import connections
@@ -678,6 +679,23 @@ def test_a_worker_without_settings(articles, monkeypatch):
         client.run(lambda: os.environ.update(DJANGO_SETTINGS_MODULE="no.such.settings"))
         with pytest.raises(errors.EngineUnavailable, match="could not be made ready: ModuleNotFoundError: No module"):
             articles.parallel_map(functions.rank, executor=client)
+
+
+def test_settings_that_a_worker_has_not_spoil_nothing(articles, tmp_path, monkeypatch):
+    """Of a caller whose settings are not there, or name apps that are not, nothing stays for the next caller."""
+    text = "from tests.settings import *\nINSTALLED_APPS = [*INSTALLED_APPS, 'no_such_app']\n"
+    (tmp_path / "of_another.py").write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with dask_by_hand(tmp_path) as by_hand, by_name(ADDRESS=by_hand.address, TIMEOUT=WAIT):
+        by_hand.scheduler()
+        by_hand.worker()
+        with distributed.Client(by_hand.address, timeout=WAIT, set_as_default=False) as client:
+            client.wait_for_workers(1, WAIT)
+            for module in ("no.such.settings", "of_another"):
+                with monkeypatch.context() as patch, pytest.raises(errors.EngineUnavailable, match="No module named"):
+                    patch.setattr(dask.World, "of_caller", lambda module=module: SimpleNamespace(module=module))
+                    articles.parallel_map(functions.rank, executor=client)
+            assert articles.parallel_map(functions.rank, executor=client) == list(range(30))
 
 
 def test_workers_that_are_not_named_need_not_know_the_project(articles):

@@ -21,6 +21,11 @@ from typing import Any
 from uuid import uuid4
 from weakref import WeakKeyDictionary
 
+from django.apps import apps
+from django.conf import ENVIRONMENT_VARIABLE as SETTINGS
+from django.conf import settings
+from django.utils.functional import empty
+
 from parallel_orm import errors
 from parallel_orm.capsule import World
 from parallel_orm.executors.processes import without_main
@@ -55,10 +60,28 @@ class DjangoWorker(WorkerPlugin):  # type: ignore[misc]
 
 async def make_ready(module: str | None) -> None:
     """In a worker: set Django up, by settings of its own, or those that are in a module of this name there."""
-    if module is not None:
-        os.environ.setdefault("DJANGO_SETTINGS_MODULE", module)
-    await asyncio.to_thread(set_up)  # an AppConfig.ready() may ask its database, which no event loop may
+    await asyncio.to_thread(_set_up, module)  # an AppConfig.ready() may ask its database, which no event loop may
     await asyncio.to_thread(remember_modules)
+
+
+#: Held while a worker is made ready, as several callers may do that.
+_setting_up = threading.Lock()
+
+
+def _set_up(module: str | None) -> None:
+    with _setting_up:
+        tried = None if settings.configured or SETTINGS in os.environ else module
+        if tried is not None:
+            os.environ[SETTINGS] = tried
+        try:
+            set_up()
+        except BaseException:
+            if tried is not None and not apps.apps_ready:  # no models are loaded yet: the next caller's may be right
+                os.environ.pop(SETTINGS, None)
+                settings._wrapped = empty
+                apps.app_configs.clear()
+                apps.loading = False
+            raise
 
 
 class DaskExecutor(Executor):
