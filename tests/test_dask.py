@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -260,6 +261,36 @@ def test_no_worker(articles, monkeypatch):
                 cluster.scale(1)
                 thread.join(WAIT)
             assert found == list(range(30))
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [{"workers": ["nobody"]}, {"workers": "127.0.0.1:9", "resources": {"disks": 1}}, {"resources": {"disks": 3}}],
+    ids=str,
+)
+def test_no_worker_of_those_that_are_asked_for(articles, monkeypatch, asked):
+    """Others may be there: they will not do it."""
+    monkeypatch.setattr(dask, "LOOKS", 0.05)
+    with threads_of_dask(1, resources={"disks": 2}) as client, by_name(PATIENCE=0.2):
+        named = ", ".join(f"{key}={value!r}" for key, value in asked.items())
+        with pytest.raises(errors.EngineUnavailable, match=re.escape(f"0.2 seconds that get_executor({named}) allows")):
+            articles.parallel_map(functions.rank, executor=client.get_executor(**asked))
+
+
+def test_a_worker_that_is_asked_for(articles):
+    """It counts as there, however it is called, and for as long as it takes."""
+    with dask_cluster(1, resources={"disks": 2}) as client:
+        ((address, known),) = client.scheduler_info()["workers"].items()
+        for asked in (
+            {"workers": [address]},
+            {"workers": address.removeprefix("tcp://")},
+            {"workers": known["name"]},
+            {"workers": {known["host"]}},
+            {"resources": {"disks": 2}},
+            {"workers": ["nobody"], "allow_other_workers": True},
+        ):
+            assert len(client.sync(dask.DaskExecutor(client, how=asked)._who_may)) == 1, asked
+            assert articles.parallel_map(functions.rank, executor=client.get_executor(**asked)) == list(range(30))
 
 
 def test_what_was_given_up_is_over(threads, gate, caplog):

@@ -35,6 +35,7 @@ from parallel_orm.proof import remember_modules
 try:
     from distributed import Client, Event, KilledWorker, LocalCluster, WorkerPlugin, get_worker
     from distributed.cfexecutor import ClientExecutor
+    from distributed.comm import resolve_address
 except ImportError as error:
     raise errors.missing_engine("dask", error) from error
 
@@ -220,13 +221,31 @@ class DaskExecutor(Executor):
                 self._lose(errors.engine_lost("Dask's scheduler"), list(self._flying))
                 continue
             try:
-                workers = await self.client.scheduler.ncores() if self.client.status == "running" else {}
+                workers = await self._who_may() if self.client.status == "running" else None
             except Exception:  # whoever waits hears of it by its future
                 workers = True
             if workers or not self._flying:
                 since = monotonic()
             elif monotonic() - since >= self._patience:
-                self._lose(errors.no_dask_workers(_where(self.client), self._patience), list(self._flying))
+                error = errors.no_dask_workers(_where(self.client), self._patience, self._asked)
+                self._lose(error, list(self._flying))
+
+    @property
+    def _asked(self) -> dict[str, Any]:
+        """What a worker has to be, or to have, that may do a call of ours."""
+        if self._how.get("allow_other_workers"):
+            return {}
+        return {key: value for key in ("workers", "resources") if (value := self._how.get(key))}
+
+    async def _who_may(self) -> Any:
+        """Return the workers that are there, if any, and may do a call of ours."""
+        asked = self._asked
+        if not asked:  # of a large cluster this is less to tell
+            return await self.client.scheduler.ncores()
+        known = (await self.client.scheduler.identity())["workers"]
+        chosen = _chosen(known, asked["workers"]) if "workers" in asked else list(known)
+        needed = asked.get("resources", {}).items()
+        return [each for each in chosen if all(known[each]["resources"].get(key, 0) >= value for key, value in needed)]
 
     def _lose(self, error: errors.EngineUnavailable, flying: Iterable[Future[Any]]) -> None:
         """Have this become of what waits here to be sent, and of these."""
@@ -320,15 +339,20 @@ def _make_ready(client: Client, timeout: float, workers: Any = None) -> None:
         try:
             if workers is None:
                 client.register_plugin(DjangoWorker(module))
-            elif chosen := _chosen(told["workers"], {workers} if isinstance(workers, str) else {*workers}):
+            elif chosen := _chosen(told["workers"], workers):
                 client.run(make_ready, module, workers=chosen)
         except Exception as error:
             raise errors.engine_not_ready("Dask", error) from error
         ready.add(these)
 
 
-def _chosen(known: Mapping[str, Any], wanted: set[Any]) -> list[str]:
-    """Return the addresses of the workers that are meant by an address, a name, or a host."""
+def _chosen(known: Mapping[str, Any], workers: Any) -> list[str]:
+    """Return the addresses of the workers that are meant by an address, a name, or a host; or by several of these."""
+    wanted = set()
+    for each in [workers] if isinstance(workers, (str, int)) else workers:
+        wanted.add(each)
+        with suppress(TypeError, ValueError, OSError):  # it is no address
+            wanted.add(resolve_address(each))
     return [address for address, each in known.items() if not wanted.isdisjoint((address, each["name"], each["host"]))]
 
 
