@@ -771,6 +771,98 @@ def count_within(row):
     return len(Article.objects.using(row._state.db).parallel_map(functions.rank, executor="dask"))
 
 
+# --- From within a task -----------------------------------------------------------------
+
+
+def by_a_map(articles):
+    return articles.parallel_map(functions.rank, executor=distributed.get_client(), chunk_size=5)
+
+
+def by_name_of_the_engine(articles):
+    return articles.parallel_map(functions.rank, executor="dask", chunk_size=5)
+
+
+def by_two_streams(articles):
+    """One ends before the other, which has chunks to come."""
+    client = distributed.get_client()
+    with articles.parallel_imap(functions.rank, executor=client, chunk_size=1) as long:
+        assert next(long) == 0
+        assert list(articles[:5].parallel_imap(functions.rank, executor=client)) == list(range(5))
+        return [0, *long]
+
+
+def by_a_worker_client(articles):
+    with distributed.worker_client() as client:
+        return articles.parallel_map(functions.rank, executor=client, chunk_size=5)
+
+
+def by_one_that_has_left(articles):
+    distributed.secede()
+    results = by_a_map(articles)
+    with pytest.raises(KeyError):
+        distributed.secede()  # it has still
+    distributed.rejoin()
+    return results
+
+
+def ended_elsewhere(articles):
+    stream = articles.parallel_imap(functions.rank, executor=distributed.get_client(), chunk_size=1)
+    assert next(stream) == 0
+    closer = threading.Thread(target=stream.close)
+    closer.start()
+    closer.join(WAIT)
+    assert not closer.is_alive()
+
+
+def task(call, alias):
+    """What a task does: a call, after which it has its place."""
+    try:
+        results = call(Article.objects.using(alias).order_by("rank"))
+        if results is not None:
+            distributed.secede()  # refused where it has none
+        return results and list(results)
+    finally:
+        connections.close_all()
+
+
+@pytest.mark.parametrize(
+    "call", [by_a_map, by_name_of_the_engine, by_two_streams, by_a_worker_client, by_one_that_has_left]
+)
+def test_a_call_of_a_task(articles, call):
+    """It makes room for its chunks, where there is one thread for all; and has its place again afterwards."""
+    with threads_of_dask(1) as client, by_name(ADDRESS=client.scheduler.address):
+        for _ in range(2):
+            assert client.submit(task, call, articles.db, pure=False).result(WAIT) == list(range(30))
+
+
+def test_a_stream_of_a_task_that_ends_in_another_thread(articles):
+    """That one has no place to go back to, and that of the task is filled."""
+    with threads_of_dask(1) as client:
+        assert client.submit(task, ended_elsewhere, articles.db).result(WAIT) is None
+        assert client.submit(abs, -1).result(WAIT) == 1
+
+
+class Counter:
+    """An actor."""
+
+    def count(self, alias):
+        articles = Article.objects.using(alias)
+        try:
+            with articles.parallel_imap(functions.rank, executor=distributed.get_client()) as stream:
+                first = next(stream)
+                distributed.secede()  # refused where it has no place
+                return len([first, *stream])
+        finally:
+            connections.close_all()
+
+
+def test_a_call_of_an_actor(articles):
+    """It keeps its place: methods of an actor have one thread, and run one at a time."""
+    with threads_of_dask(1) as client:
+        kept = client.submit(Counter, actor=True)
+        assert kept.result(WAIT).count(articles.db).result(WAIT) == 30
+
+
 def test_a_forked_child_leaves_the_clients_to_its_parent(articles, cluster, monkeypatch):
     parent, close = os.getpid(), distributed.Client.close
 

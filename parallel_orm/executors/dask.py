@@ -33,9 +33,10 @@ from parallel_orm.letters import set_up
 from parallel_orm.proof import remember_modules
 
 try:
-    from distributed import Client, Event, KilledWorker, LocalCluster, WorkerPlugin, get_worker
+    from distributed import Client, Event, KilledWorker, LocalCluster, WorkerPlugin, get_worker, rejoin, secede
     from distributed.cfexecutor import ClientExecutor
     from distributed.comm import resolve_address
+    from distributed.worker import thread_state
 except ImportError as error:
     raise errors.missing_engine("dask", error) from error
 
@@ -318,11 +319,46 @@ def executor(
         )
     _make_ready(client, timeout, how.get("workers"))
     made = DaskExecutor(client, most=number, waits=waits, patience=patience, how=how)
-    made.watch()
+    with making_room():
+        made.watch()
+        try:
+            yield made
+        finally:
+            made.shutdown()
+
+
+#: Of a thread that is at a task of Dask's: how many calls it has made that are not over.
+_within = threading.local()
+
+
+@contextmanager
+def making_room() -> Iterator[None]:
+    """Within a task of Dask's, have its thread leave those that do tasks, as ``worker_client()`` does: it waits for
+    other tasks now, which may have no other place. It comes back with the last of its calls, unless another thread ends
+    that. (An actor has one thread of its own, as its methods run one at a time.)
+    """
+    thread, calls = threading.current_thread(), getattr(_within, "calls", 0)
+    is_task = hasattr(thread_state, "key") and not getattr(thread_state, "actor", False)
+    if not is_task or (calls == 0 and not _seceded()):
+        yield
+        return
+    _within.calls = calls + 1
     try:
-        yield made
+        yield
     finally:
-        made.shutdown()
+        if threading.current_thread() is thread:
+            _within.calls -= 1
+            if _within.calls == 0:
+                rejoin()
+
+
+def _seceded() -> bool:
+    """Have this thread leave; tell whether it could: it had not done so before, and is one of Dask's own pool."""
+    try:
+        secede()
+    except (KeyError, AttributeError):
+        return False
+    return True
 
 
 def _make_ready(client: Client, timeout: float, workers: Any = None) -> None:
