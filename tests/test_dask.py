@@ -425,6 +425,26 @@ def test_processes_bounds_how_many_are_at_work(articles, threads, gate, sent):
     assert articles.parallel_map(gate, 50, executor=threads, chunk_size=1) == list(range(30))
 
 
+def test_processes_of_a_cluster_whose_workers_come_when_there_is_work(articles):
+    """There is as much work as was said, so they have a reason to come."""
+    with (
+        distributed.LocalCluster(n_workers=0, processes=False, dashboard_address="127.0.0.1:0") as cluster,
+        distributed.Client(cluster, set_as_default=False) as client,
+        articles.parallel_imap(functions.rank, 8, executor=client, chunk_size=1) as stream,
+    ):
+        found = []
+        thread = threading.Thread(target=lambda: found.extend(stream))
+        thread.start()
+        try:
+            until(lambda: len(tasks_of(client)) == 8, message="it is sent")
+        finally:
+            cluster.scale(1)
+            thread.join(WAIT)
+        assert found == list(range(30))
+    with threads_of_dask(2) as client:
+        assert [dask.DaskExecutor(client, most=most).number for most in (None, 1, 8)] == [2, 1, 2]
+
+
 def test_what_was_not_begun_is_not_begun_when_the_loop_is_left(articles, threads, gate):
     with articles.parallel_imap(gate, executor=threads, chunk_size=1) as stream:
         assert next(stream) == 0

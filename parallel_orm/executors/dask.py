@@ -124,8 +124,8 @@ class DaskExecutor(Executor):
 
     @property
     def number(self) -> int:
-        """How many calls are worked on at once, as the cluster is now."""
-        there = sum(self.client.nthreads().values()) or 1
+        """How many calls are worked on at once, as the cluster is now; where nobody is yet, as many as was said."""
+        there = sum(self.client.nthreads().values()) or self._most or 1
         return there if self._most is None else min(self._most, there)
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
