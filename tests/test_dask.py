@@ -107,13 +107,13 @@ factor = 3
 def times(row):
     return row.rank * factor, os.getpid()
 
-def mapped():
-    found.append(Article.objects.order_by("rank").parallel_map(times, 2, executor="dask", chunk_size=5))
+def mapped(number):
+    found.append(Article.objects.order_by("rank").parallel_map(times, number, executor="dask", chunk_size=5))
     connections.close_all()
 
 found = []
-mapped()
-thread = threading.Thread(target=mapped)  # as a view is run by one
+mapped(1)
+thread = threading.Thread(target=mapped, args=(2,))  # as a view is run by one
 thread.start()
 thread.join()
 for results in found:
@@ -124,7 +124,7 @@ print("all")
 
 
 def test_a_script_without_a_guard_has_a_cluster_of_its_own(articles, tmp_path):
-    """And so has a thread of it, the same; they end with the process, silently."""
+    """And so has a thread of it, the same, which grows; they end with the process, silently."""
     (tmp_path / "script.py").write_text(SCRIPT)
     done = subprocess.run(
         [sys.executable, "-W", "error", "script.py"],
@@ -142,6 +142,24 @@ def test_a_script_without_a_guard_has_a_cluster_of_its_own(articles, tmp_path):
     )
     assert (done.stdout, done.stderr, done.returncode) == ("all\n", "", 0)
     assert (tmp_path / "began").read_text() == "x", "no worker runs the script"
+
+
+def test_one_cluster_here_for_calls_of_any_number(articles, monkeypatch):
+    """It grows, also while another call uses it; a call for fewer sends to fewer."""
+    monkeypatch.setattr(dask.spawn, "get_preparation_data", dask.spawn.get_preparation_data)
+    monkeypatch.setattr(dask, "LocalCluster", partial(distributed.LocalCluster, processes=False, protocol="tcp"))
+    monkeypatch.setattr(dask, "CPU_COUNT", 4)
+    dask.end_clients()
+    with by_name(), articles.parallel_imap(functions.rank, 1, executor="dask", chunk_size=1) as stream:
+        assert next(stream) == 0
+        for number, there in ((1, 1), (3, 3), (2, 3), (None, 4)):
+            assert articles.parallel_map(functions.rank, number, executor="dask", chunk_size=5) == list(range(30))
+            (client,) = dask._clients.values()
+            assert sum(client.nthreads().values()) == there
+            with dask.executor(number) as executor:
+                assert executor.number == (number or there)
+        assert list(stream) == list(range(1, 30))
+    dask.end_clients()
 
 
 def test_a_client_that_is_given_stays_open(articles, threads):

@@ -33,6 +33,7 @@ from parallel_orm.letters import set_up
 from parallel_orm.proof import remember_modules
 
 try:
+    from dask.system import CPU_COUNT
     from distributed import Client, Event, KilledWorker, LocalCluster, WorkerPlugin, get_worker, rejoin, secede
     from distributed.cfexecutor import ClientExecutor
     from distributed.comm import resolve_address
@@ -392,21 +393,22 @@ def _chosen(known: Mapping[str, Any], workers: Any) -> list[str]:
     return [address for address, each in known.items() if not wanted.isdisjoint((address, each["name"], each["host"]))]
 
 
-# Clients of ours, by address, or by the number of processes of a cluster here; and of clients the schedulers and
-# the workers that have Django.
+# Clients of ours, by address, None for a cluster here; and of clients the schedulers and the workers that have Django.
 _lock = threading.Lock()
-_clients: dict[object, Client] = {}
+_clients: dict[str | None, Client] = {}
 _made_ready: WeakKeyDictionary[Client, set[tuple[str, str]]] = WeakKeyDictionary()
 
 
 def _kept(address: str | None, number: int | None, timeout: float) -> Client:
     with _lock:
-        client = _clients.get(address or number)
+        client = _clients.get(address)
         if client is not None and client.status != "running":
             _end(client)
             client = None
         if client is None:
-            client = _clients[address or number] = _connected(address, number, timeout)
+            client = _clients[address] = _connected(address, number, timeout)
+        elif address is None:
+            _grow(client, number or CPU_COUNT)
         return client
 
 
@@ -422,10 +424,20 @@ def _connected(address: str | None, number: int | None, timeout: float) -> Clien
     try:
         # A scheduler serves HTTP in any case: at a port that is free, as it warns where the usual one is not.
         here = "127.0.0.1"
-        cluster = LocalCluster(n_workers=number, threads_per_worker=1, dashboard_address=f"{here}:0", host=here)
+        cluster = LocalCluster(
+            n_workers=number or CPU_COUNT, threads_per_worker=1, dashboard_address=f"{here}:0", host=here
+        )
         return Client(cluster, timeout=timeout, set_as_default=False)
     except (OSError, TimeoutError, RuntimeError) as error:
         raise errors.engine_unreachable("Dask", "a cluster of this process's own", error) from error
+
+
+def _grow(client: Client, number: int) -> None:
+    """Have a cluster of ours have so many workers; not fewer than it has, as other calls may be using them."""
+    if len(client.cluster.plan) < number:
+        client.cluster.scale(number)
+        with suppress(TimeoutError):  # it is done by those that are there
+            client.wait_for_workers(number, PATIENCE)
 
 
 def end_clients() -> None:
