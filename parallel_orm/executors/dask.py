@@ -237,7 +237,8 @@ class DaskExecutor(Executor):
         """What a worker has to be, or to have, that may do a call of ours."""
         if self._how.get("allow_other_workers"):
             return {}
-        return {key: value for key in ("workers", "resources") if (value := self._how.get(key))}
+        asked = {key: self._how.get(key) for key in ("workers", "resources")}
+        return {key: value for key, value in asked.items() if value or value == 0}  # which may be a worker's name
 
     async def _who_may(self) -> Any:
         """Return the workers that are there, if any, and may do a call of ours."""
