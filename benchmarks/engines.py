@@ -118,7 +118,7 @@ def by_bag(function: Callable[[Any], int], rows: Any) -> list[int]:
 
     from parallel_orm.executors.dask import _clients
 
-    return list(bag.from_sequence(rows.all()).map(function).compute(scheduler=_clients[PROCESSES]))
+    return list(bag.from_sequence(rows.all()).map(function).compute(scheduler=_clients[None]))
 
 
 def cost_of_a_chunk(alias: str, rounds: int, knobs: dict[str, dict[str, Any]]) -> None:

@@ -32,6 +32,7 @@ from __future__ import annotations
 
 import pickle
 import signal
+from collections.abc import Mapping
 from concurrent.futures import CancelledError
 from typing import Any
 
@@ -513,9 +514,12 @@ def nobody_consumes(queue: str, seconds: float, *, stays: bool) -> EngineUnavail
     )
 
 
-def no_dask_workers(where: str, seconds: float) -> EngineUnavailable:
+def no_dask_workers(where: str, seconds: float, asked: Mapping[str, object]) -> EngineUnavailable:
+    given = ", ".join(f"{key}={value!r}" for key, value in asked.items())
+    such = f" that get_executor({given}) allows" if asked else ""
     return EngineUnavailable(
-        f"Dask's scheduler at {where} has had no worker for {seconds:g} seconds: start some by `dask worker {where}`. "
+        f"Dask's scheduler at {where} has had no worker for {seconds:g} seconds{such}: start some by "
+        f"`dask worker {where}`{', or ask for others' if asked else ''}. "
         'Of a cluster that needs longer to begin some, say so: PARALLEL_ORM["DASK"]["PATIENCE"].'
     )
 

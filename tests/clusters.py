@@ -51,12 +51,12 @@ def dask_cluster(workers: int = 2, env: Mapping[str, str] | None = None, **other
 
 
 @contextmanager
-def threads_of_dask(number: int) -> Iterator[Any]:
+def threads_of_dask(number: int, **others: Any) -> Iterator[Any]:
     """Have a cluster within this process, of so many threads, and a client of it: quick to start, and easy to watch."""
     distributed = pytest.importorskip("distributed")
     with (
         distributed.LocalCluster(
-            processes=False, n_workers=1, threads_per_worker=number, dashboard_address="127.0.0.1:0"
+            processes=False, n_workers=1, threads_per_worker=number, dashboard_address="127.0.0.1:0", **others
         ) as cluster,
         distributed.Client(cluster, set_as_default=False) as client,
     ):

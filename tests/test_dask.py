@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
+import re
 import subprocess
 import sys
 import threading
+from concurrent.futures import wait
 from functools import partial
 from pathlib import Path
 from time import monotonic
+from types import SimpleNamespace
 
 import pytest
 from django.db import connections
@@ -103,13 +107,13 @@ factor = 3
 def times(row):
     return row.rank * factor, os.getpid()
 
-def mapped():
-    found.append(Article.objects.order_by("rank").parallel_map(times, 2, executor="dask", chunk_size=5))
+def mapped(number):
+    found.append(Article.objects.order_by("rank").parallel_map(times, number, executor="dask", chunk_size=5))
     connections.close_all()
 
 found = []
-mapped()
-thread = threading.Thread(target=mapped)  # as a view is run by one
+mapped(1)
+thread = threading.Thread(target=mapped, args=(2,))  # as a view is run by one
 thread.start()
 thread.join()
 for results in found:
@@ -120,7 +124,7 @@ print("all")
 
 
 def test_a_script_without_a_guard_has_a_cluster_of_its_own(articles, tmp_path):
-    """And so has a thread of it, the same; they end with the process, silently."""
+    """And so has a thread of it, the same, which grows; they end with the process, silently."""
     (tmp_path / "script.py").write_text(SCRIPT)
     done = subprocess.run(
         [sys.executable, "-W", "error", "script.py"],
@@ -138,6 +142,24 @@ def test_a_script_without_a_guard_has_a_cluster_of_its_own(articles, tmp_path):
     )
     assert (done.stdout, done.stderr, done.returncode) == ("all\n", "", 0)
     assert (tmp_path / "began").read_text() == "x", "no worker runs the script"
+
+
+def test_one_cluster_here_for_calls_of_any_number(articles, monkeypatch):
+    """It grows, also while another call uses it; a call for fewer sends to fewer."""
+    monkeypatch.setattr(dask.spawn, "get_preparation_data", dask.spawn.get_preparation_data)
+    monkeypatch.setattr(dask, "LocalCluster", partial(distributed.LocalCluster, processes=False, protocol="tcp"))
+    monkeypatch.setattr(dask, "CPU_COUNT", 4)
+    dask.end_clients()
+    with by_name(), articles.parallel_imap(functions.rank, 1, executor="dask", chunk_size=1) as stream:
+        assert next(stream) == 0
+        for number, there in ((1, 1), (3, 3), (2, 3), (None, 4)):
+            assert articles.parallel_map(functions.rank, number, executor="dask", chunk_size=5) == list(range(30))
+            (client,) = dask._clients.values()
+            assert sum(client.nthreads().values()) == there
+            with dask.executor(number) as executor:
+                assert executor.number == (number or there)
+        assert list(stream) == list(range(1, 30))
+    dask.end_clients()
 
 
 def test_a_client_that_is_given_stays_open(articles, threads):
@@ -259,6 +281,63 @@ def test_no_worker(articles, monkeypatch):
             assert found == list(range(30))
 
 
+@pytest.mark.parametrize(
+    "asked",
+    [{"workers": ["nobody"]}, {"workers": "127.0.0.1:9", "resources": {"disks": 1}}, {"resources": {"disks": 3}}],
+    ids=str,
+)
+def test_no_worker_of_those_that_are_asked_for(articles, monkeypatch, asked):
+    """Others may be there: they will not do it."""
+    monkeypatch.setattr(dask, "LOOKS", 0.05)
+    with threads_of_dask(1, resources={"disks": 2}) as client, by_name(PATIENCE=0.2):
+        named = ", ".join(f"{key}={value!r}" for key, value in asked.items())
+        with pytest.raises(errors.EngineUnavailable, match=re.escape(f"0.2 seconds that get_executor({named}) allows")):
+            articles.parallel_map(functions.rank, executor=client.get_executor(**asked))
+
+
+def test_a_worker_that_is_asked_for(articles):
+    """It counts as there, however it is called, and for as long as it takes."""
+    with dask_cluster(1, resources={"disks": 2}) as client:
+        ((address, known),) = client.scheduler_info()["workers"].items()
+        for asked in (
+            {"workers": [address]},
+            {"workers": address.removeprefix("tcp://")},
+            {"workers": known["name"]},
+            {"workers": {known["host"]}},
+            {"resources": {"disks": 2}},
+            {"workers": ["nobody"], "allow_other_workers": True},
+        ):
+            executor = dask.DaskExecutor(client, how=asked)
+            assert executor._asked == ({} if "allow_other_workers" in asked else asked)
+            assert len(client.sync(executor._who_may)) == 1, asked
+            assert articles.parallel_map(functions.rank, executor=client.get_executor(**asked)) == list(range(30))
+
+
+def test_what_was_given_up_is_over(threads, gate, caplog):
+    """Its task may be heard of later: nobody minds, and nothing of it is left at the scheduler."""
+    executor = dask.DaskExecutor(threads, waits=True)
+    given_up, alive = (executor.submit(executor.once(gate), Article(rank=n)) for n in (1, 2))
+    gate.wait_for(2)
+    dask._set(given_up, error=errors.engine_lost("Dask's scheduler"))
+    gate.opened.set()
+    assert alive.result(WAIT) == 2
+    with pytest.raises(errors.EngineUnavailable):
+        given_up.result()
+    until(lambda: events_of(threads) == 0, message="what marked them is taken away")
+    assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
+
+
+def test_what_is_cancelled_counts_as_done_for_those_that_wait(threads, gate):
+    """Whether it was sent already, or is to be, or never will."""
+    executor = dask.DaskExecutor(threads, most=2)
+    futures = [executor.submit(gate, Article(rank=n)) for n in (1, 2, 3, 4)]
+    gate.wait_for(2)
+    for future in futures[1:]:
+        assert future.cancel()
+    gate.opened.set()
+    assert wait(futures, WAIT).not_done == set()
+
+
 def test_the_scheduler_goes_in_the_middle_and_comes_back(articles, tmp_path):
     """It ends as an error that is named; and the next call finds the new one, whose workers are made ready."""
     with dask_by_hand(tmp_path) as by_hand, by_name(ADDRESS=by_hand.address, TIMEOUT=WAIT):
@@ -364,6 +443,26 @@ def test_processes_bounds_how_many_are_at_work(articles, threads, gate, sent):
         gate.opened.set()
         assert list(stream) == list(range(1, 30))
     assert articles.parallel_map(gate, 50, executor=threads, chunk_size=1) == list(range(30))
+
+
+def test_processes_of_a_cluster_whose_workers_come_when_there_is_work(articles):
+    """There is as much work as was said, so they have a reason to come."""
+    with (
+        distributed.LocalCluster(n_workers=0, processes=False, dashboard_address="127.0.0.1:0") as cluster,
+        distributed.Client(cluster, set_as_default=False) as client,
+        articles.parallel_imap(functions.rank, 8, executor=client, chunk_size=1) as stream,
+    ):
+        found = []
+        thread = threading.Thread(target=lambda: found.extend(stream))
+        thread.start()
+        try:
+            until(lambda: len(tasks_of(client)) == 8, message="it is sent")
+        finally:
+            cluster.scale(1)
+            thread.join(WAIT)
+        assert found == list(range(30))
+    with threads_of_dask(2) as client:
+        assert [dask.DaskExecutor(client, most=most).number for most in (None, 1, 8)] == [2, 1, 2]
 
 
 def test_what_was_not_begun_is_not_begun_when_the_loop_is_left(articles, threads, gate):
@@ -653,6 +752,23 @@ def test_a_worker_without_settings(articles, monkeypatch):
             articles.parallel_map(functions.rank, executor=client)
 
 
+def test_settings_that_a_worker_has_not_spoil_nothing(articles, tmp_path, monkeypatch):
+    """Of a caller whose settings are not there, or name apps that are not, nothing stays for the next caller."""
+    text = "from tests.settings import *\nINSTALLED_APPS = [*INSTALLED_APPS, 'no_such_app']\n"
+    (tmp_path / "of_another.py").write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with dask_by_hand(tmp_path) as by_hand, by_name(ADDRESS=by_hand.address, TIMEOUT=WAIT):
+        by_hand.scheduler()
+        by_hand.worker()
+        with distributed.Client(by_hand.address, timeout=WAIT, set_as_default=False) as client:
+            client.wait_for_workers(1, WAIT)
+            for module in ("no.such.settings", "of_another"):
+                with monkeypatch.context() as patch, pytest.raises(errors.EngineUnavailable, match="No module named"):
+                    patch.setattr(dask.World, "of_caller", lambda module=module: SimpleNamespace(module=module))
+                    articles.parallel_map(functions.rank, executor=client)
+            assert articles.parallel_map(functions.rank, executor=client) == list(range(30))
+
+
 def test_workers_that_are_not_named_need_not_know_the_project(articles):
     """One of somebody else's, which could not even be made ready, is left alone."""
     with dask_cluster(2) as client:
@@ -693,6 +809,98 @@ def test_a_map_within_a_map(articles, cluster):
 
 def count_within(row):
     return len(Article.objects.using(row._state.db).parallel_map(functions.rank, executor="dask"))
+
+
+# --- From within a task -----------------------------------------------------------------
+
+
+def by_a_map(articles):
+    return articles.parallel_map(functions.rank, executor=distributed.get_client(), chunk_size=5)
+
+
+def by_name_of_the_engine(articles):
+    return articles.parallel_map(functions.rank, executor="dask", chunk_size=5)
+
+
+def by_two_streams(articles):
+    """One ends before the other, which has chunks to come."""
+    client = distributed.get_client()
+    with articles.parallel_imap(functions.rank, executor=client, chunk_size=1) as long:
+        assert next(long) == 0
+        assert list(articles[:5].parallel_imap(functions.rank, executor=client)) == list(range(5))
+        return [0, *long]
+
+
+def by_a_worker_client(articles):
+    with distributed.worker_client() as client:
+        return articles.parallel_map(functions.rank, executor=client, chunk_size=5)
+
+
+def by_one_that_has_left(articles):
+    distributed.secede()
+    results = by_a_map(articles)
+    with pytest.raises(KeyError):
+        distributed.secede()  # it has still
+    distributed.rejoin()
+    return results
+
+
+def ended_elsewhere(articles):
+    stream = articles.parallel_imap(functions.rank, executor=distributed.get_client(), chunk_size=1)
+    assert next(stream) == 0
+    closer = threading.Thread(target=stream.close)
+    closer.start()
+    closer.join(WAIT)
+    assert not closer.is_alive()
+
+
+def task(call, alias):
+    """What a task does: a call, after which it has its place."""
+    try:
+        results = call(Article.objects.using(alias).order_by("rank"))
+        if results is not None:
+            distributed.secede()  # refused where it has none
+        return results and list(results)
+    finally:
+        connections.close_all()
+
+
+@pytest.mark.parametrize(
+    "call", [by_a_map, by_name_of_the_engine, by_two_streams, by_a_worker_client, by_one_that_has_left]
+)
+def test_a_call_of_a_task(articles, call):
+    """It makes room for its chunks, where there is one thread for all; and has its place again afterwards."""
+    with threads_of_dask(1) as client, by_name(ADDRESS=client.scheduler.address):
+        for _ in range(2):
+            assert client.submit(task, call, articles.db, pure=False).result(WAIT) == list(range(30))
+
+
+def test_a_stream_of_a_task_that_ends_in_another_thread(articles):
+    """That one has no place to go back to, and that of the task is filled."""
+    with threads_of_dask(1) as client:
+        assert client.submit(task, ended_elsewhere, articles.db).result(WAIT) is None
+        assert client.submit(abs, -1).result(WAIT) == 1
+
+
+class Counter:
+    """An actor."""
+
+    def count(self, alias):
+        articles = Article.objects.using(alias)
+        try:
+            with articles.parallel_imap(functions.rank, executor=distributed.get_client()) as stream:
+                first = next(stream)
+                distributed.secede()  # refused where it has no place
+                return len([first, *stream])
+        finally:
+            connections.close_all()
+
+
+def test_a_call_of_an_actor(articles):
+    """It keeps its place: methods of an actor have one thread, and run one at a time."""
+    with threads_of_dask(1) as client:
+        kept = client.submit(Counter, actor=True)
+        assert kept.result(WAIT).count(articles.db).result(WAIT) == 30
 
 
 def test_a_forked_child_leaves_the_clients_to_its_parent(articles, cluster, monkeypatch):

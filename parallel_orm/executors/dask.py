@@ -21,6 +21,11 @@ from typing import Any
 from uuid import uuid4
 from weakref import WeakKeyDictionary
 
+from django.apps import apps
+from django.conf import ENVIRONMENT_VARIABLE as SETTINGS
+from django.conf import settings
+from django.utils.functional import empty
+
 from parallel_orm import errors
 from parallel_orm.capsule import World
 from parallel_orm.executors.processes import without_main
@@ -28,8 +33,11 @@ from parallel_orm.letters import set_up
 from parallel_orm.proof import remember_modules
 
 try:
-    from distributed import Client, Event, KilledWorker, LocalCluster, WorkerPlugin, get_worker
+    from dask.system import CPU_COUNT
+    from distributed import Client, Event, KilledWorker, LocalCluster, WorkerPlugin, get_worker, rejoin, secede
     from distributed.cfexecutor import ClientExecutor
+    from distributed.comm import resolve_address
+    from distributed.worker import thread_state
 except ImportError as error:
     raise errors.missing_engine("dask", error) from error
 
@@ -55,10 +63,28 @@ class DjangoWorker(WorkerPlugin):  # type: ignore[misc]
 
 async def make_ready(module: str | None) -> None:
     """In a worker: set Django up, by settings of its own, or those that are in a module of this name there."""
-    if module is not None:
-        os.environ.setdefault("DJANGO_SETTINGS_MODULE", module)
-    await asyncio.to_thread(set_up)  # an AppConfig.ready() may ask its database, which no event loop may
+    await asyncio.to_thread(_set_up, module)  # an AppConfig.ready() may ask its database, which no event loop may
     await asyncio.to_thread(remember_modules)
+
+
+#: Held while a worker is made ready, as several callers may do that.
+_setting_up = threading.Lock()
+
+
+def _set_up(module: str | None) -> None:
+    with _setting_up:
+        tried = None if settings.configured or SETTINGS in os.environ else module
+        if tried is not None:
+            os.environ[SETTINGS] = tried
+        try:
+            set_up()
+        except BaseException:
+            if tried is not None and not apps.apps_ready:  # no models are loaded yet: the next caller's may be right
+                os.environ.pop(SETTINGS, None)
+                settings._wrapped = empty
+                apps.app_configs.clear()
+                apps.loading = False
+            raise
 
 
 class DaskExecutor(Executor):
@@ -99,8 +125,8 @@ class DaskExecutor(Executor):
 
     @property
     def number(self) -> int:
-        """How many calls are worked on at once, as the cluster is now."""
-        there = sum(self.client.nthreads().values()) or 1
+        """How many calls are worked on at once, as the cluster is now; where nobody is yet, as many as was said."""
+        there = sum(self.client.nthreads().values()) or self._most or 1
         return there if self._most is None else min(self._most, there)
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
@@ -123,7 +149,7 @@ class DaskExecutor(Executor):
                 if not self._waiting or (self._most is not None and len(self._flying) >= self._most):
                     return
                 here, call = self._waiting.popleft()
-                if here.cancelled() or (self._waits and not here.set_running_or_notify_cancel()):
+                if (self._waits or here.cancelled()) and not here.set_running_or_notify_cancel():
                     continue
                 self._flying[here] = None  # its place is taken
             try:
@@ -197,28 +223,45 @@ class DaskExecutor(Executor):
                 self._lose(errors.engine_lost("Dask's scheduler"), list(self._flying))
                 continue
             try:
-                workers = await self.client.scheduler.ncores() if self.client.status == "running" else {}
+                workers = await self._who_may() if self.client.status == "running" else None
             except Exception:  # whoever waits hears of it by its future
                 workers = True
             if workers or not self._flying:
                 since = monotonic()
             elif monotonic() - since >= self._patience:
-                self._lose(errors.no_dask_workers(_where(self.client), self._patience), list(self._flying))
+                error = errors.no_dask_workers(_where(self.client), self._patience, self._asked)
+                self._lose(error, list(self._flying))
+
+    @property
+    def _asked(self) -> dict[str, Any]:
+        """What a worker has to be, or to have, that may do a call of ours."""
+        if self._how.get("allow_other_workers"):
+            return {}
+        asked = {key: self._how.get(key) for key in ("workers", "resources")}
+        return {key: value for key, value in asked.items() if value or value == 0}  # which may be a worker's name
+
+    async def _who_may(self) -> Any:
+        """Return the workers that are there, if any, and may do a call of ours."""
+        asked = self._asked
+        if not asked:  # of a large cluster this is less to tell
+            return await self.client.scheduler.ncores()
+        known = (await self.client.scheduler.identity())["workers"]
+        chosen = _chosen(known, asked["workers"]) if "workers" in asked else list(known)
+        needed = asked.get("resources", {}).items()
+        return [each for each in chosen if all(known[each]["resources"].get(key, 0) >= value for key, value in needed)]
 
     def _lose(self, error: errors.EngineUnavailable, flying: Iterable[Future[Any]]) -> None:
         """Have this become of what waits here to be sent, and of these."""
         with self._lock:
-            waiting = [here for here, _ in self._waiting]
+            waiting = [here for here, _ in self._waiting if here.set_running_or_notify_cancel()]
             self._waiting.clear()
         for here in (*flying, *waiting):
             _set(here, error=error)
 
 
 def _set(future: Future[Any], result: Any = None, error: BaseException | None = None) -> None:
-    """Have a future done, unless it is."""
+    """Have a future done, unless it is: somebody cancelled it, or all were lost."""
     with suppress(InvalidStateError):
-        if not (future.running() or future.set_running_or_notify_cancel()):
-            return
         if error is None:
             future.set_result(result)
         else:
@@ -227,6 +270,8 @@ def _set(future: Future[Any], result: Any = None, error: BaseException | None = 
 
 def _let_go(there: Any, here: Future[Any]) -> None:
     """Have the scheduler forget a task of which nobody wants to hear."""
+    if here.cancelled():
+        here.set_running_or_notify_cancel()  # those who wait() for several hear of it
     there.release()
 
 
@@ -276,11 +321,46 @@ def executor(
         )
     _make_ready(client, timeout, how.get("workers"))
     made = DaskExecutor(client, most=number, waits=waits, patience=patience, how=how)
-    made.watch()
+    with making_room():
+        made.watch()
+        try:
+            yield made
+        finally:
+            made.shutdown()
+
+
+#: Of a thread that is at a task of Dask's: how many calls it has made that are not over.
+_within = threading.local()
+
+
+@contextmanager
+def making_room() -> Iterator[None]:
+    """Within a task of Dask's, have its thread leave those that do tasks, as ``worker_client()`` does: it waits for
+    other tasks now, which may have no other place. It comes back with the last of its calls, unless another thread ends
+    that. (An actor has one thread of its own, as its methods run one at a time.)
+    """
+    thread, calls = threading.current_thread(), getattr(_within, "calls", 0)
+    is_task = hasattr(thread_state, "key") and not getattr(thread_state, "actor", False)
+    if not is_task or (calls == 0 and not _seceded()):
+        yield
+        return
+    _within.calls = calls + 1
     try:
-        yield made
+        yield
     finally:
-        made.shutdown()
+        if threading.current_thread() is thread:
+            _within.calls -= 1
+            if _within.calls == 0:
+                rejoin()
+
+
+def _seceded() -> bool:
+    """Have this thread leave; tell whether it could: it had not done so before, and is one of Dask's own pool."""
+    try:
+        secede()
+    except (KeyError, AttributeError):
+        return False
+    return True
 
 
 def _make_ready(client: Client, timeout: float, workers: Any = None) -> None:
@@ -297,33 +377,39 @@ def _make_ready(client: Client, timeout: float, workers: Any = None) -> None:
         try:
             if workers is None:
                 client.register_plugin(DjangoWorker(module))
-            elif chosen := _chosen(told["workers"], {workers} if isinstance(workers, str) else {*workers}):
+            elif chosen := _chosen(told["workers"], workers):
                 client.run(make_ready, module, workers=chosen)
         except Exception as error:
             raise errors.engine_not_ready("Dask", error) from error
         ready.add(these)
 
 
-def _chosen(known: Mapping[str, Any], wanted: set[Any]) -> list[str]:
-    """Return the addresses of the workers that are meant by an address, a name, or a host."""
+def _chosen(known: Mapping[str, Any], workers: Any) -> list[str]:
+    """Return the addresses of the workers that are meant by an address, a name, or a host; or by several of these."""
+    wanted = set()
+    for each in [workers] if isinstance(workers, (str, int)) else workers:
+        wanted.add(each)
+        with suppress(TypeError, ValueError, OSError):  # it is no address
+            wanted.add(resolve_address(each))
     return [address for address, each in known.items() if not wanted.isdisjoint((address, each["name"], each["host"]))]
 
 
-# Clients of ours, by address, or by the number of processes of a cluster here; and of clients the schedulers and
-# the workers that have Django.
+# Clients of ours, by address, None for a cluster here; and of clients the schedulers and the workers that have Django.
 _lock = threading.Lock()
-_clients: dict[object, Client] = {}
+_clients: dict[str | None, Client] = {}
 _made_ready: WeakKeyDictionary[Client, set[tuple[str, str]]] = WeakKeyDictionary()
 
 
 def _kept(address: str | None, number: int | None, timeout: float) -> Client:
     with _lock:
-        client = _clients.get(address or number)
+        client = _clients.get(address)
         if client is not None and client.status != "running":
             _end(client)
             client = None
         if client is None:
-            client = _clients[address or number] = _connected(address, number, timeout)
+            client = _clients[address] = _connected(address, number, timeout)
+        elif address is None:
+            _grow(client, number or CPU_COUNT)
         return client
 
 
@@ -339,10 +425,20 @@ def _connected(address: str | None, number: int | None, timeout: float) -> Clien
     try:
         # A scheduler serves HTTP in any case: at a port that is free, as it warns where the usual one is not.
         here = "127.0.0.1"
-        cluster = LocalCluster(n_workers=number, threads_per_worker=1, dashboard_address=f"{here}:0", host=here)
+        cluster = LocalCluster(
+            n_workers=number or CPU_COUNT, threads_per_worker=1, dashboard_address=f"{here}:0", host=here
+        )
         return Client(cluster, timeout=timeout, set_as_default=False)
     except (OSError, TimeoutError, RuntimeError) as error:
         raise errors.engine_unreachable("Dask", "a cluster of this process's own", error) from error
+
+
+def _grow(client: Client, number: int) -> None:
+    """Have a cluster of ours have so many workers; not fewer than it has, as other calls may be using them."""
+    if len(client.cluster.plan) < number:
+        client.cluster.scale(number)
+        with suppress(TimeoutError):  # it is done by those that are there
+            client.wait_for_workers(number, PATIENCE)
 
 
 def end_clients() -> None:
