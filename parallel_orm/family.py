@@ -176,7 +176,7 @@ class MapCall:
             passed = 0
             streams = gather.Streams(run.outcomes, run.window, run.supply, len(self.plans), skips=skips)
             pages = [map(merge.page, streams.of(number)) for number in range(len(self.plans))]
-            for found in merged(pages, merge.terms):
+            for found in map(list, merged(pages, merge.terms)):
                 for place, value in enumerate(found, passed):
                     if isinstance(value, Failure):
                         value.index = place

@@ -6,7 +6,7 @@ that queryset ``using()`` it. What is defined here is what becomes of the answer
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
@@ -24,7 +24,7 @@ from parallel_orm.outcomes import named, note
 from parallel_orm.plan import Plan, plan_walk
 from parallel_orm.questions import Fan, pages
 from parallel_orm.report import Report
-from parallel_orm.walk import as_lists, awaited_one_by_one, walk
+from parallel_orm.walk import awaited_one_by_one, walk
 
 if TYPE_CHECKING:
     from parallel_orm.queryset import ParallelQuerySet
@@ -479,7 +479,7 @@ class AcrossMixin(_Base):
         async for row in awaited_one_by_one(lists()):
             yield row
 
-    def _streamed(self, verb: str, pages_of: Callable[[Rows], Iterator[list[Any]]]) -> Iterator[list[Any]]:
+    def _streamed(self, verb: str, pages_of: Callable[[Rows], Iterator[Any]]) -> Iterator[Iterable[Any]]:
         fan = self._fan()
         if self._across.partial:
             raise self._refusal(
@@ -492,8 +492,8 @@ class AcrossMixin(_Base):
     def _walk(self, verb: str, chunk_size: int | None, consistent: bool) -> Generator[Any]:
         options = Options(chunk_size=chunk_size, consistent=consistent)
 
-        def pages_of(rows: Rows) -> Iterator[list[Any]]:
-            return as_lists(walk(plan_walk(rows, options, verb)))
+        def pages_of(rows: Rows) -> Iterator[Any]:
+            return walk(plan_walk(rows, options, verb))
 
         def lists() -> Generator[Any]:
             yield from found

@@ -9,7 +9,7 @@ from typing import Any
 from django.db.models import QuerySet
 
 from parallel_orm.failures import Failure
-from parallel_orm.merging import Page, in_order, sort_keys
+from parallel_orm.merging import Column, in_order, sort_keys
 from parallel_orm.questions import Fan
 
 Rows = QuerySet[Any, Any]
@@ -55,7 +55,7 @@ class Merge:
         first = next(iter(self._rows.values()))
         return Keyed(function, first.readers, first.strip, skip_none)
 
-    def page(self, values: Sequence[Any]) -> Page:
+    def page(self, values: Sequence[Any]) -> tuple[list[Any], list[Column]]:
         """Return results without their keys, and the columns of these; failures have the keys of their rows."""
         keys = self._keys_of([value for value in values if isinstance(value, Failure)])
         found, results, last = [], [], None

@@ -7,16 +7,23 @@ those of the first stream first.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from parallel_orm.comparing import Comparison
 
 #: The values of one term of an order, of one row after the other.
 Column = list[Any]
+
+
+class Rows(Sized, Iterable[Any], Protocol):
+    """Rows that may be made while they are iterated over, once."""
+
+
 #: Rows that come in order, and the columns that they are ordered by.
-Page = tuple[list[Any], list[Column]]
+Page = tuple[Rows, list[Column]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,38 +40,41 @@ class Buffer:
 
     def __init__(self, pages: Iterator[Page], columns: int) -> None:
         self._pages = pages
-        self.rows: list[Any] = []
+        self.rows: Iterator[Any] = iter(())
+        #: How many of them are not passed on.
+        self.left = 0
         self.columns: list[Column] = [[] for _ in range(columns)]
         #: Whether all that is left of it is here.
         self.is_last = False
 
     def fill(self) -> None:
         """Have rows, if there are any left."""
-        while not self.rows and not self.is_last:
+        while not self.left and not self.is_last:
             page = next(self._pages, None)
             if page is None:
                 self.is_last = True
             else:
-                self.rows, self.columns = page
+                rows, self.columns = page
+                self.rows, self.left = iter(rows), len(rows)
 
-    def take(self, number: int) -> list[Any]:
-        """Take the first rows out."""
-        taken = self.rows[:number]
-        self.rows = self.rows[number:]
+    def pass_on(self, number: int) -> None:
+        """Count so many rows as passed on."""
+        self.left -= number
         self.columns = [column[number:] for column in self.columns]
-        return taken
 
 
-def merged(streams: Sequence[Iterator[Page]], terms: Sequence[Term]) -> Iterator[list[Any]]:
-    """Yield the rows of sorted streams in their common order, list by list; of equal ones those of the first first.
+def merged(streams: Sequence[Iterator[Page]], terms: Sequence[Term]) -> Iterator[Iterator[Any]]:
+    """Yield the rows of sorted streams in their common order, some and then some; of equal ones those of the first
+    first. What is left of some is passed over when the next are asked for.
 
-    Holds a page of each stream. None is asked for its next one before all rows of the last one are passed on.
+    Holds a page of each stream. None is asked for its next one before all rows of the last one are passed on. Rows are
+    taken one by one, so that those which are made then are made one by one.
     """
     buffers = [Buffer(stream, len(terms)) for stream in streams]
     while True:
         for buffer in buffers:
             buffer.fill()
-        buffers = [buffer for buffer in buffers if buffer.rows]
+        buffers = [buffer for buffer in buffers if buffer.left]
         if not buffers:
             return
         keys, backwards = sort_keys([buffer.columns for buffer in buffers], terms)
@@ -73,15 +83,21 @@ def merged(streams: Sequence[Iterator[Page]], terms: Sequence[Term]) -> Iterator
         for number, (buffer, known) in enumerate(zip(buffers, keys, strict=True)):
             if not buffer.is_last and (bound is None or is_before(known[-1], bound[1], backwards=backwards)):
                 bound = number, known[-1]
-        rows, found = [], []
+        numbers, found = list[int](), list[Any]()
         for number, (buffer, known) in enumerate(zip(buffers, keys, strict=True)):
             if bound is None:
                 end = len(known)
             else:
                 end = reach(known, bound[1], backwards=backwards, with_equal=number <= bound[0])
-            rows += buffer.take(end)
+            numbers += [number] * end
             found += known[:end]
-        yield in_order(rows, found, backwards=backwards)
+            buffer.pass_on(end)
+        # Rows of one stream come as it has them: so it is enough to know whose turn it is.
+        rows = map(
+            next, map([buffer.rows for buffer in buffers].__getitem__, in_order(numbers, found, backwards=backwards))
+        )
+        yield rows
+        deque(rows, maxlen=0)
 
 
 def joined(pages: Sequence[Page], terms: Sequence[Term]) -> list[Any]:

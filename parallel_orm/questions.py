@@ -11,7 +11,7 @@ A slice is asked of each database from its beginning to its end: ``limit + offse
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
@@ -34,6 +34,7 @@ from parallel_orm.outcomes import Stopwatch, named
 from parallel_orm.reading import Call, fill_cache
 from parallel_orm.recombining import CannotRecombine, Recombined, recombined
 from parallel_orm.regrouping import regrouping
+from parallel_orm.rows import listed
 from parallel_orm.sortkeys import Sorted, names_of, sorted_rows
 
 Rows = QuerySet[Any, Any]
@@ -250,8 +251,8 @@ class Fan:
 
     # --- Streams ------------------------------------------------------------------------
 
-    def streamed(self, verb: str, pages_of: Callable[[Rows], Iterator[list[Any]]]) -> Iterator[list[Any]]:
-        """Yield the rows in lists, each database's read page by page as ``pages_of`` gives them."""
+    def streamed(self, verb: str, pages_of: Callable[[Rows], Iterator[Any]]) -> Iterator[Iterable[Any]]:
+        """Yield the rows, some and then some, each database's read page by page as ``pages_of`` gives them."""
         self.refuse_what_sees_all(verb)
         found, terms, apart = self.sorted(verb)
         if apart is not None:
@@ -260,7 +261,8 @@ class Fan:
         for alias, each in found.items():
             with named(alias):
                 streams.append(_paged(alias, each, pages_of(self.limited(each.queryset))))
-        return cut_out(merged(streams, terms) if terms else in_turn(streams), self.low, self.high)
+        found_rows = merged(streams, terms) if terms else in_turn(streams)
+        return cut_out(map(listed, found_rows), self.low, self.high) if self.is_sliced else found_rows
 
     # --- What they have in common -------------------------------------------------------
 
@@ -392,16 +394,32 @@ def _once_by_order(pages: Sequence[Page], terms: Sequence[Term], number: int) ->
     return found
 
 
-def _paged(alias: str, rows: Sorted, pages: Iterator[list[Any]]) -> Iterator[Page]:
+def _paged(alias: str, rows: Sorted, pages: Iterator[Any]) -> Iterator[Page]:
     while True:
         with named(alias):
             page = next(pages, None)
-        if page is None:
-            return
-        yield rows.page(page)
+            if page is None:
+                return
+            found, columns = rows.page(page)
+        yield found if isinstance(found, list) else _Made(alias, found), columns
 
 
-def in_turn(streams: Sequence[Iterator[Page]]) -> Iterator[list[Any]]:
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """Rows that are made while they are iterated over; what goes wrong then tells of which database they are."""
+
+    alias: str
+    rows: Any
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[Any]:
+        with named(self.alias):
+            yield from self.rows
+
+
+def in_turn(streams: Sequence[Iterator[Page]]) -> Iterator[Iterable[Any]]:
     """Yield a page of each stream in turn, as they have no order."""
     left = list(streams)
     while left:

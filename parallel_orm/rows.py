@@ -8,7 +8,7 @@ the driver gave.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -31,9 +31,11 @@ SAMPLE = 20
 class Unmade:
     """The rows of a query as the driver gave them. To be iterated once."""
 
-    def __init__(self, rows: list[Any], make: Maker) -> None:
-        self._rows, self._make = rows, make
+    def __init__(self, rows: list[Any], make: Maker, places: Callable[[], Mapping[str, int]] = dict) -> None:
+        """``places`` tells where those attributes of the instances are that are as the driver gave them."""
+        self._rows, self._make, self._places = rows, make, places
         self._last: list[Any] = []
+        self._given: list[Any] = []
         self._number = len(rows)
 
     def __len__(self) -> int:
@@ -48,8 +50,16 @@ class Unmade:
     def last(self) -> Any:
         """Return the last row, ahead of the others: the very object that will come last."""
         if not self._last:
-            self._last = [*self._make([self._rows.pop()])]
+            self._given = [self._rows.pop()]
+            self._last = [*self._make(self._given)]
         return self._last[0]
+
+    def columns(self, names: Sequence[str]) -> list[list[Any]] | None:
+        """Return these attributes, each of one instance after the other; None where these must be made for that."""
+        places = self._places() if names else {}
+        if not places.keys() >= set(names):
+            return None
+        return [[row[places[name]] for row in chain(self._rows, self._given)] for name in names]
 
     def __iter__(self) -> Iterator[Any]:
         return chain(self._make(self._rows), self._last)
@@ -93,7 +103,7 @@ class Opened:
         queryset, rows = self._queryset, self._rows
         make = maker_of(queryset, self._compiler, self._readers) if len(rows) >= FEW else None
         if make is not None and not queryset._prefetch_related_lookups:
-            return Unmade(rows, make)
+            return Unmade(rows, make, self._places)
         if make is not None:
             made = listed(Unmade(rows, make))
         else:
@@ -101,6 +111,15 @@ class Opened:
         queryset._result_cache = made
         queryset._fetch_all()  # what is left of it are prefetches
         return made
+
+    def _places(self) -> dict[str, int]:
+        """Return where the columns are that nothing is made of, by the attributes of the instances that have them."""
+        compiler = self._compiler
+        if self._queryset._iterable_class is not ModelIterable:
+            return {}
+        columns = [column for column, *_ in compiler.select[: compiler.col_count]]
+        made = {*compiler.get_converters(columns), *self._readers}
+        return {columns[each].target.attname: each for each in compiler.klass_info["select_fields"] if each not in made}
 
 
 def _execute(compiler: Any, sending: Callable[[], object]) -> tuple[Any, list[Any]]:

@@ -26,6 +26,7 @@ from parallel_orm.guards import is_of_one_table
 from parallel_orm.makers import keeps_as_it_is
 from parallel_orm.merging import Page, Term
 from parallel_orm.ordering import effective_ordering, is_random
+from parallel_orm.rows import Unmade, listed
 
 Rows = QuerySet[Any, Any]
 #: What a row has besides, while it is on its way.
@@ -41,11 +42,18 @@ class Sorted:
     order: list[OrderBy] = field(default_factory=list)
     #: How to read each of it of a row.
     readers: list[Callable[[Any], Any]] = field(default_factory=list)
+    #: Which attributes of the instances these are; None where they are something else, or rows are to be stripped.
+    attributes: list[str] | None = None
     #: Makes of rows what the queryset that was asked for gives.
     strip: Callable[[list[Any]], list[Any]] = list
 
-    def page(self, rows: list[Any]) -> Page:
+    def page(self, rows: Unmade | list[Any]) -> Page:
         """Return rows as they are asked for, and the columns that they are ordered by."""
+        if isinstance(rows, Unmade) and self.attributes is not None:
+            found = rows.columns(self.attributes)
+            if found is not None:
+                return rows, found
+        rows = listed(rows)
         columns = [list(map(reader, rows)) for reader in self.readers]
         return self.strip(rows), columns
 
@@ -124,12 +132,12 @@ class _Reading:
     def done(self, raws: Sequence[Callable[[Any], Any] | None]) -> Sorted:
         """Return the rows with their keys; ``raws`` make what is asked for instead of some columns."""
         if not self.order:
-            return Sorted(self.queryset)
+            return Sorted(self.queryset, attributes=[])
         query: Any = self.queryset.query
         if not query.combinator:
             query = self._query
         names, added = names_of(query), [name for name in query.annotations if name == f"{NAME}random"]
-        readers = []
+        readers, attributes = [], list[str]()
         for place, (item, raw) in enumerate(zip(self.order, raws, strict=True)):
             reader = None if raw is not None else self._reader(item.expression, names)
             if reader is None:
@@ -142,6 +150,8 @@ class _Reading:
                 select(query, name, expression if raw is None else raw(expression))
                 added.append(name)
                 reader = self._reader_of(name, len(names_of(query)) - 1)
+            elif isinstance(reader, attrgetter) and isinstance(item.expression, Col):
+                attributes.append(item.expression.target.attname)
             readers.append(reader)
         queryset = self.queryset.all()
         kind, width = self.kind, len(names_of(query)) - len(added)
@@ -149,11 +159,12 @@ class _Reading:
         if added and kind in (FlatValuesListIterable, NamedValuesListIterable):
             queryset._iterable_class = ValuesListIterable
         if not added:
-            return Sorted(queryset, self.order, readers)
+            are_own = len(attributes) == len(readers)
+            return Sorted(queryset, self.order, readers, attributes if are_own else None)
         if kind is NamedValuesListIterable:
             fields = self.queryset._fields or names[:width]  # type: ignore[attr-defined]
-            return Sorted(queryset, self.order, readers, _named(fields, width))
-        return Sorted(queryset, self.order, readers, _stripping(kind, added, width))
+            return Sorted(queryset, self.order, readers, strip=_named(fields, width))
+        return Sorted(queryset, self.order, readers, strip=_stripping(kind, added, width))
 
     def _reader(self, expression: Any, names: list[str]) -> Callable[[Any], Any] | None:
         """Return how to read something of the rows as they are; None where they do not have it."""

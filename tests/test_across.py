@@ -8,9 +8,11 @@ import pickle
 import random
 import threading
 import uuid
+import weakref
 from collections import Counter
 from contextlib import ExitStack
 from decimal import Decimal
+from gc import collect, get_objects
 
 import pytest
 from django.core.exceptions import FieldError
@@ -33,6 +35,7 @@ from django.db.models import (
     StdDev,
     Subquery,
     Sum,
+    UUIDField,
     Value,
     Variance,
     When,
@@ -43,6 +46,8 @@ from django.db.models.sql.compiler import SQLCompiler
 from django.test import override_settings
 
 from parallel_orm import Failure, collations, comparing, errors, parallel_map
+from parallel_orm.comparing import Comparison
+from parallel_orm.merging import Term, merged
 from parallel_orm.options import from_settings
 from parallel_orm.sortkeys import _order_by_own_columns
 from parallel_orm.testing import fail_chunk
@@ -527,6 +532,88 @@ def test_walk_of_values(both):
         lambda rows: rows.values("number").distinct().order_by("number"),
     ):
         assert list(shape(several).chunked_iterator(5)) == list(shape(one))
+
+
+PAGES_OF_MANY = {
+    "key": lambda rows: rows.order_by("pk"),
+    "backwards": lambda rows: rows.order_by("-pk"),
+    "ties": lambda rows: rows.order_by("number", "pk"),
+    "mixed": lambda rows: rows.order_by("-number", "day", "-pk"),
+    "moments": lambda rows: rows.order_by("at", "pk"),
+    "text": lambda rows: rows.order_by("name", "pk"),
+    "uuids": lambda rows: rows.order_by("code", "pk"),
+    "related": lambda rows: rows.select_related("shop").order_by("shop__name", "pk"),
+    "prefetched": lambda rows: rows.prefetch_related("shop").order_by("number", "pk"),
+    "some columns": lambda rows: rows.only("number").order_by("number", "pk"),
+    "values": lambda rows: rows.order_by("number", "pk").values_list("pk", flat=True),
+    "more values": lambda rows: rows.order_by("name", "pk").values("pk", "day"),
+    "a slice": lambda rows: rows.order_by("number", "pk")[70:300],
+}
+
+
+@pytest.fixture
+def many(shards, alias):
+    """As ``both``, and so many rows that they are made when they are asked for."""
+    one, *several = shards
+    spread(sales(700, texts=APART if alias == "mariadb" else TEXTS), one, several)
+    return Sale.objects.using(one), Sale.objects.across(*several)
+
+
+@pytest.mark.parametrize("shape", PAGES_OF_MANY.values(), ids=PAGES_OF_MANY)
+def test_walks_of_many(many, shape):
+    one, several = map(shape, many)
+    expected = plain(list(one))
+    for size in (None, 60):
+        assert plain(list(several.chunked_iterator(size))) == expected
+    assert plain([row for rows in several.chunks(100) for row in rows]) == expected
+    assert plain(list(several.iterator(90))) == expected
+
+
+def test_a_walk_of_many_without_an_order(many):
+    one, several = (rows.order_by() for rows in many)
+    assert {row._state.db for row in several.chunked_iterator(60)} == set(several.aliases)
+    assert sorted(row.pk for row in several.chunked_iterator(60)) == sorted(row.pk for row in one)
+
+
+def test_rows_of_a_walk_are_made_one_by_one(many):
+    """Of a page there is what the driver gave; and the last row, behind which the next page begins."""
+
+    def alive():
+        collect()
+        return sum(isinstance(each, Sale) for each in get_objects())
+
+    gone, before, most = [], alive(), 0
+    for row in many[1].order_by("pk").chunked_iterator(100):
+        gone.append(weakref.ref(row))
+        del row
+        if len(gone) in (40, 80, 160, 320):  # of a page that has few rows, as the last one may, all are made
+            most = max(most, alive() - before)
+    assert len(gone) == 700
+    assert not any(each() for each in gone)
+    assert 0 < most <= 4  # of each database: that last row, and the one that was given last
+
+
+def test_what_goes_wrong_when_rows_are_made(many, monkeypatch):
+    """Tells of which database they are."""
+    several = many[1].order_by("pk")
+    bad = Sale.objects.using(several.aliases[1]).order_by("pk")[20]
+    convert = UUIDField.get_db_converters
+
+    def fail(value, expression, connection):
+        if connection.alias == bad._state.db and str(value) == str(bad.code):
+            raise ValueError("not to be made")
+        return value
+
+    monkeypatch.setattr(UUIDField, "get_db_converters", lambda field, connection: [fail, *convert(field, connection)])
+    with pytest.raises(ValueError, match="not to be made") as caught:
+        list(several.chunked_iterator(100))
+    assert any(repr(bad._state.db) in line for line in caught.value.__notes__)
+
+
+def test_rows_that_are_passed_over():
+    """What was left of some of a merge is not given for the next ones."""
+    streams = [iter([([1, 4, 5], [[1, 4, 5]]), ([8, 9], [[8, 9]])]), iter([([2, 3, 7], [[2, 3, 7]])])]
+    assert [next(rows) for rows in merged(streams, [Term(Comparison())])] == [1, 7, 8]
 
 
 def test_started(both):
