@@ -11,8 +11,8 @@ import os
 import pickle
 import threading
 from base64 import b64decode, b64encode
-from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from hashlib import sha256
 from typing import Any
 from uuid import uuid4
@@ -50,7 +50,7 @@ class Letter:
         jobs = [replace(each, capsule=Locale.without_settings()) for each in (job, *job.others)]
         job = replace(jobs[0], others=tuple(jobs[1:]))
         with packing(as_json=not by_value):
-            data = _written(job, dumps if by_value else _as_json, engine)
+            data = _written(job, engine, by_value=by_value)
         models = dict.fromkeys(each.queryset.model for each in jobs)
         aliases = dict.fromkeys(each.queryset.db for each in jobs)
         told = {
@@ -74,7 +74,7 @@ class Letter:
                 told = json.loads(unsealed(self.text))
                 refuse_another_world(told["claims"])
                 data = decompress(b64decode(told["job"]))
-                opened = pickle.loads(data) if self.by_value else wire.read(data.decode())
+                opened = from_bytes(data, by_value=self.by_value)
                 _opened.keep(name, opened, len(data))
                 _opened.forget_oldest()
             return opened
@@ -93,16 +93,23 @@ def set_up() -> None:
         django.setup()
 
 
-def _as_json(value: object) -> bytes:
-    return wire.written(value).encode()
+def to_bytes(value: object, *, by_value: bool) -> bytes:
+    """Write down what goes to an engine's worker: by pickle, or as JSON."""
+    return dumps(value) if by_value else wire.written(value).encode()
 
 
-def _written(job: Job, write: Callable[[Any], bytes], engine: str) -> bytes:
+def from_bytes(data: bytes, *, by_value: bool) -> Any:
+    """Return what was written down so."""
+    return pickle.loads(data) if by_value else wire.read(data.decode())
+
+
+def _written(job: Job, engine: str, *, by_value: bool) -> bytes:
+    write = partial(to_bytes, by_value=by_value)
     try:
         return write(job)
     except Exception as error:
         if guilty := that_cannot_travel(job, write):
-            raise errors.function_cannot_travel(guilty[0], engine, error, by_value=write is dumps) from error
+            raise errors.function_cannot_travel(guilty[0], engine, error, by_value=by_value) from error
         raise errors.queryset_cannot_travel(job.label, engine, error) from error
 
 

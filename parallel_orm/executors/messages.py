@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import pickle
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
@@ -18,9 +17,9 @@ from zlib import Z_BEST_SPEED, compress, decompress
 
 from parallel_orm import errors, wire
 from parallel_orm.chunks import describe_key
+from parallel_orm.letters import from_bytes, to_bytes
 from parallel_orm.options import from_settings
-from parallel_orm.outcomes import Outcome, PackedError, note, pack_error, packing
-from parallel_orm.parcels import dumps
+from parallel_orm.outcomes import Outcome, note, opened, pack_error, packing
 from parallel_orm.seals import sealed, unsealed
 
 #: The largest answer, as characters of what a backend keeps. Brokers and backends have limits too, and say so badly.
@@ -85,13 +84,11 @@ def answer(message: str, delivery: Delivery) -> str:
 
 def _text(value: Any, *, by_value: bool) -> str:
     # Small, and not to be read in passing: Celery's workers log the beginning of each answer.
-    data = dumps(value) if by_value else wire.written(value).encode()
-    return b64encode(compress(data, Z_BEST_SPEED)).decode()
+    return b64encode(compress(to_bytes(value, by_value=by_value), Z_BEST_SPEED)).decode()
 
 
 def _value(text: str, *, by_value: bool) -> Any:
-    data = decompress(b64decode(text))
-    return pickle.loads(data) if by_value else wire.read(data.decode())
+    return from_bytes(decompress(b64decode(text)), by_value=by_value)
 
 
 def _name_of(message: str) -> str:
@@ -119,14 +116,10 @@ def _tell_of_failures(result: Any) -> None:
     if not isinstance(result, Outcome):
         return
     if result.error is not None:
-        _logger.error("%s has failed, and its caller does not hear of it", result.chunk, exc_info=_opened(result.error))
+        _logger.error("%s has failed, and its caller does not hear of it", result.chunk, exc_info=opened(result.error))
     for each in result.failed:
         where = f"primary key {describe_key(each.key)} in {result.chunk}"
-        _logger.error("%s has failed, and its caller does not hear of it", where, exc_info=_opened(each.error))
-
-
-def _opened(error: BaseException | PackedError) -> BaseException:
-    return error.open() if isinstance(error, PackedError) else error
+        _logger.error("%s has failed, and its caller does not hear of it", where, exc_info=opened(each.error))
 
 
 def only_once(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
