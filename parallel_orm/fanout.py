@@ -422,25 +422,21 @@ class AcrossMixin(_Base):
 
     async def aget(self, *args: Any, **kwargs: Any) -> Any:
         """As :meth:`get`; runs beside what else the event loop is waiting for."""
-        if not self._is_plain_on_one("get"):
+        if not self.plain_class._is_plain("get"):
             return await sync_to_async(self.get)(*args, **kwargs)
         return await (await sync_to_async(self.start_get)(*args, **kwargs))
 
     async def afirst(self) -> Any:
         """As :meth:`first`; runs beside what else the event loop is waiting for."""
-        if self.__dict__["_result_cache"] is not None or self._started() or not self._is_plain_on_one("first"):
+        if self.__dict__["_result_cache"] is not None or self._started() or not self.plain_class._is_plain("first"):
             return await sync_to_async(self.first)()
         return await (await sync_to_async(self.start_first)())
 
     async def alast(self) -> Any:
         """As :meth:`last`; runs beside what else the event loop is waiting for."""
-        if self.query.is_sliced or not self._is_plain_on_one("last"):
+        if self.query.is_sliced or not self.plain_class._is_plain("last"):
             return await sync_to_async(self.last)()  # which refuses a slice, in Django's words
         return await (await sync_to_async(self.start_last)())
-
-    def _is_plain_on_one(self, method: str) -> bool:
-        """Tell whether the class that it has on one database made nothing of its own of a method."""
-        return bool(self.on(self.aliases[0])._is_plain(method))
 
     async def aaggregate(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """As :meth:`aggregate`; runs beside what else the event loop is waiting for."""

@@ -337,10 +337,11 @@ class ParallelQuerySet(_Startable, QuerySet[M, Row]):
             return await super().ain_bulk(id_list, field_name=field_name)
         return await self.start_in_bulk(id_list, field_name=field_name)
 
-    def _is_plain(self, *methods: str) -> bool:
+    @classmethod
+    def _is_plain(cls, *methods: str) -> bool:
         """Tell whether no derived class made something of its own of these; that may do more than read."""
         ours = (QuerySet, ParallelQuerySet)
-        return all(any(getattr(type(self), name) is getattr(each, name) for each in ours) for name in methods)
+        return all(any(getattr(cls, name) is getattr(each, name) for each in ours) for name in methods)
 
     def _rows_have_the_first(self) -> bool:
         """Tell whether Django, once there are rows, takes first() from these; get() and last() always ask."""

@@ -111,8 +111,7 @@ class ParallelConnection:
         """Give back what came of pools and aliases; connections that were given stay open. Twice does nothing."""
         if not self._is_closed and self._process == os.getpid():
             with self._used():
-                for cursor in self._cursors:
-                    cursor._drop()
+                self._drop_results()
                 self._is_closed = True
                 if self._finalizer.detach() is not None:
                     for answer in let_go(self._members):
@@ -127,8 +126,7 @@ class ParallelConnection:
         try:
             if not self._is_closed:
                 with self._used():
-                    for cursor in self._cursors:
-                        cursor._drop()
+                    self._drop_results()
                 if error is None:
                     self.commit()
                 else:
@@ -144,6 +142,10 @@ class ParallelConnection:
             raise errors.left_in_parent("a ParallelConnection")
         if self._is_closed:
             raise errors.connection_closed()
+
+    def _drop_results(self) -> None:
+        for cursor in self._cursors:
+            cursor._drop()
 
     def _refuse_streams(self, but: ParallelCursor | None = None) -> None:
         """Refuse what would end the rows of a cursor whose driver has one result at a time on a connection."""

@@ -150,7 +150,7 @@ class _Reading:
                 select(query, name, expression if raw is None else raw(expression))
                 added.append(name)
                 reader = self._reader_of(name, len(names_of(query)) - 1)
-            elif isinstance(reader, attrgetter) and isinstance(item.expression, Col):
+            elif isinstance(item.expression, Col):
                 attributes.append(item.expression.target.attname)
             readers.append(reader)
         queryset = self.queryset.all()

@@ -320,10 +320,10 @@ class CeleryExecutor(Executor):
     def _look(self) -> bool:
         """Ask for all answers; tell whether any is there."""
         backend, names = self._app.backend, list(self._flying)
+        if not keeps_answers(backend):  # it forgets what it has told
+            return False
         if hasattr(backend, "get_many"):
             ready = [name for name, _ in backend.get_many(set(names), interval=0, max_iterations=1)]
-        elif self._is_told:  # and forgets what it has told
-            return False
         else:
             ready = [name for name in names if backend.get_task_meta(name)["status"] in states.READY_STATES]
         for name in ready:
